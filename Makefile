@@ -1,0 +1,43 @@
+# Commands for a machine with Python 3.11+, pip and make. Everything happens in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+WORKERS ?= 2
+
+.PHONY: demo test lint bench replicate docs clean
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.lab: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e '.[lab]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e '.[test,docs]'
+	touch $@ $(VENV)/.lab
+
+demo: $(VENV)/.lab  ## compare starts, optimizers and a penalty on the digits; leaves report.html
+	$(BIN)/pondera compare digits --init lsuv --init zero --optim "SGD(momentum=0.9)" --optim NorMuon \
+		--penalty norm_loss --parametrize weight_norm --seeds 5 --report report.html
+
+test: lint  ## everything that must hold; the tests' own extras are installed first
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test  ## ours, peer, ratio
+	$(BIN)/python -m benchmarks
+
+replicate: $(VENV)/.test  ## re-run the papers' claims and record them: make replicate KEY=lsuv
+	$(BIN)/pondera reproduce $(or $(KEY),--all) --save evidence
+
+docs: $(VENV)/.test  ## the site, into site/
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs site
+
+clean:
+	rm -rf $(VENV) site report.html
