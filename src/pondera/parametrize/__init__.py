@@ -1,0 +1,12 @@
+"""How weights are held: parametrizations for `torch.nn.utils.parametrize`, and starts that set them from data.
+
+>>> import torch
+>>> from pondera.parametrize import weight_norm
+>>> layer = weight_norm(torch.nn.Linear(3, 2))
+>>> sorted(name for name, _ in layer.named_parameters())
+['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1']
+"""
+
+from pondera.parametrize.weight_normalization import data_dependent_weight_norm_, weight_norm
+
+__all__ = ["data_dependent_weight_norm_", "weight_norm"]

@@ -1,0 +1,83 @@
+"""The battery every parametrization passes, by discovery."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import pondera.parametrize
+
+LAYERS = {
+    "linear": lambda: nn.Linear(5, 7),
+    "conv": lambda: nn.Conv2d(4, 6, 3),
+    "transposed": lambda: nn.ConvTranspose2d(4, 6, 2),
+}
+INPUTS = {"linear": (3, 5), "conv": (3, 4, 6, 6), "transposed": (3, 4, 6, 6)}
+
+
+def parameters(name):
+    return inspect.signature(getattr(pondera.parametrize, name)).parameters
+
+
+HOLDERS = sorted(n for n in pondera.parametrize.__all__ if "batch" not in parameters(n))
+
+
+def hold(name, layer):
+    method = getattr(pondera.parametrize, name)
+    if isinstance(method, type):
+        parametrize.register_parametrization(layer, "weight", method())
+    else:
+        method(layer)
+    return layer
+
+
+def test_there_are_parametrizations():
+    assert HOLDERS
+
+
+@pytest.mark.parametrize("which", LAYERS)
+@pytest.mark.parametrize("name", HOLDERS)
+def test_registering_and_removing_leave_the_function(name, which):
+    torch.manual_seed(0)
+    layer, x = LAYERS[which](), torch.randn(INPUTS[which])
+    plain = layer(x)
+    hold(name, layer)
+    assert parametrize.is_parametrized(layer, "weight")
+    assert torch.allclose(layer(x), plain, atol=1e-6)
+    held = layer.weight.detach().clone()
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    assert torch.equal(layer.weight, held)
+    assert isinstance(layer.weight, nn.Parameter)
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_assigning_reaches_the_weight(name):
+    torch.manual_seed(0)
+    layer = hold(name, nn.Linear(5, 7))
+    new = torch.randn(7, 5)
+    layer.weight = new
+    assert torch.allclose(layer.weight, new, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_state_dict_deepcopy_and_training(name):
+    torch.manual_seed(0)
+    layer, x = hold(name, nn.Linear(5, 7)), torch.randn(3, 5)
+    twin = hold(name, nn.Linear(5, 7))
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin(x), layer(x))
+    copied = copy.deepcopy(layer)
+    sgd = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(x).square().sum().backward()
+    sgd.step()
+    assert torch.equal(copied(x), twin(x))
+    assert not torch.equal(layer(x), twin(x))
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_bfloat16(name):
+    layer = hold(name, nn.Linear(5, 7).bfloat16())
+    assert layer(torch.randn(2, 5).bfloat16()).dtype == torch.bfloat16

@@ -1,0 +1,109 @@
+"""The battery every probe of a model passes, by discovery: looking leaves no trace."""
+
+import dataclasses
+import inspect
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import pondera.probe
+from pondera.errors import BadInput
+
+from .models import make, same_state, state
+
+
+def first_two(name):
+    value = getattr(pondera.probe, name)
+    return list(inspect.signature(value).parameters)[:2] if inspect.isfunction(value) else []
+
+
+OF_MODELS = sorted(n for n in pondera.probe.__all__ if first_two(n) == ["model", "batch"])
+FUNCTIONS = sorted(n for n in pondera.probe.__all__ if inspect.isfunction(getattr(pondera.probe, n)))
+
+
+def look(name, which="cnn"):
+    model, batch = make(which)
+    return model, batch, getattr(pondera.probe, name)
+
+
+def test_there_are_probes():
+    assert OF_MODELS
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstring(name):
+    doc = inspect.getdoc(getattr(pondera.probe, name))
+    for part in ("Args:", "Returns:", "Raises:", "Paper:", ">>>"):
+        assert part in doc, f"{name} documents no {part}"
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("which", ["mlp", "cnn", "residual", "attention"])
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_leaves_no_trace(name, which, training):
+    model, batch, probe = look(name, which)
+    model.train(training)
+    next(model.children()).eval()  # a mode of its own must survive too
+    modes = [m.training for m in model.modules()]
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, float(i))
+        p.requires_grad_(i % 2 == 0)
+    before, grads, requires = (
+        state(model),
+        [p.grad.clone() for p in model.parameters()],
+        [p.requires_grad for p in model.parameters()],
+    )
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
+    rng = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    kept = batch.clone()
+    probe(model, batch)
+    assert same_state(before, state(model))
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters()))
+    assert requires == [p.requires_grad for p in model.parameters()]
+    assert modes == [m.training for m in model.modules()]
+    assert hooks == [
+        (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()
+    ]
+    assert torch.equal(rng[0], torch.get_rng_state())
+    assert (rng[1] == np.random.get_state()[1]).all()
+    assert rng[2] == random.getstate()
+    assert torch.equal(kept, batch)
+
+
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_result_is_a_dataclass_of_tensors_that_speaks_and_draws(name):
+    model, batch, probe = look(name)
+    result = probe(model, batch)
+    assert dataclasses.is_dataclass(result)
+    assert any(isinstance(getattr(result, f.name), Tensor) for f in dataclasses.fields(result))
+    assert len(result.summary()) > 20
+    import matplotlib
+
+    matplotlib.use("agg")
+    assert result.plot() is not None
+
+
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_same_model_same_result(name):
+    model, batch, probe = look(name)
+    a, b = probe(model, batch), probe(model, batch)
+    for f in dataclasses.fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        assert torch.equal(x, y) if isinstance(x, Tensor) else x == y
+
+
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_refuses_in_one_sentence_and_restores(name):
+    model, batch, probe = look(name)
+    model.train()
+    before = state(model)
+    for bad in (batch[:0], torch.full_like(batch, torch.nan), torch.randn(4, 5, 8, 8), torch.randn(3), "text"):
+        with pytest.raises(BadInput) as caught:
+            probe(model, bad)
+        assert "\n" not in str(caught.value)
+        assert same_state(before, state(model))
+        assert all(m.training for m in model.modules())
+        assert not any(m._forward_hooks for m in model.modules())
