@@ -1,0 +1,116 @@
+"""Optimizers beside torch's own: time of a step, memory of the state, and how the cost grows with the matrix.
+
+Run `python benchmarks/optim.py`. Steps are interleaved in one process on one thread; times are medians.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from pondera.optim.auon import AuON, HybridAuON
+from pondera.optim.decoupled_decay import SGDW
+from pondera.optim.normuon import NorMuon
+
+Make = Callable[[list[nn.Parameter]], Optimizer]
+SIZES = (128, 256, 512)
+LINEAR_SIZES = (512, 1024, 2048)
+REPEATS = 9
+
+
+def as_muon(params: list[nn.Parameter]) -> Optimizer:
+    return torch.optim.Muon(params, lr=0.02, weight_decay=0.0)
+
+
+PAIRS: dict[str, tuple[Make, str, Make, str]] = {
+    "NorMuon": (NorMuon, "torch.optim.Muon", as_muon, "ours iterates in float32 on a CPU, torch's always in bfloat16"),
+    "NorMuon(bfloat16)": (
+        lambda p: NorMuon(p, ns_dtype=torch.bfloat16),
+        "torch.optim.Muon",
+        as_muon,
+        "the iteration in bfloat16 on both sides: the price of evening out the rows",
+    ),
+    "HybridAuON": (HybridAuON, "torch.optim.Muon", as_muon, "ours iterates in float32, torch's in bfloat16"),
+    "AuON": (AuON, "torch.optim.AdamW", torch.optim.AdamW, "one state tensor beside two"),
+    "SGDW": (SGDW, "torch.optim.SGD", lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), "foreach on both sides"),
+}
+
+
+def run() -> list[dict[str, Any]]:
+    """One row a method and matrix size, then the fitted exponents of the cost in matrix entries."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = [compared(name, *pair, n) for name, pair in PAIRS.items() for n in sizes_of(pair[0], SIZES)]
+        return [*rows, *growth()]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def sizes_of(make: Make, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return sizes if make not in (AuON, SGDW) else LINEAR_SIZES
+
+
+def matrix(n: int) -> list[nn.Parameter]:
+    p = nn.Parameter(torch.zeros(n, n))
+    p.grad = torch.randn(n, n, generator=torch.Generator().manual_seed(n))
+    return [p]
+
+
+def compared(name: str, make: Make, peer: str, make_peer: Make, note: str, n: int) -> dict[str, Any]:
+    ours, theirs = make(matrix(n)), make_peer(matrix(n))
+    a, b = interleaved(ours.step, theirs.step)
+    memory = f"state {state_bytes(ours):,} B beside {state_bytes(theirs):,} B"
+    row = {"name": f"{name} {n} x {n}", "ours": name, "peer": peer, "seconds_ours": a, "seconds_peer": b}
+    return row | {"ratio": a / b, "note": f"{memory}; {note}"}
+
+
+def growth() -> list[dict[str, Any]]:
+    """Fitted exponents of step time in entries: ours in seconds_ours' place is the time at the largest size."""
+    rows = []
+    for name, make, peer, make_peer, expected in (
+        ("AuON", AuON, "NorMuon", NorMuon, "linear (1) beside n^3 (1.5)"),
+        ("NorMuon", NorMuon, "torch.optim.Muon", as_muon, "n^3 (1.5) on both sides"),
+    ):
+        times = {n: interleaved(make(matrix(n)).step, make_peer(matrix(n)).step) for n in SIZES}
+        slopes = [exponent({n: t[k] for n, t in times.items()}) for k in (0, 1)]
+        a, b = times[SIZES[-1]]
+        note = f"time grows like entries to the {slopes[0]:.2f}, the peer's to the {slopes[1]:.2f}; expected {expected}"
+        row = {"name": f"growth of {name}, n = {SIZES[0]} to {SIZES[-1]}", "ours": name, "peer": peer}
+        rows.append(row | {"seconds_ours": a, "seconds_peer": b, "ratio": a / b, "note": note})
+    return rows
+
+
+def interleaved(a: Callable[[], Any], b: Callable[[], Any]) -> tuple[float, float]:
+    """Median seconds of each, run in turn after one warm-up."""
+    a(), b()
+    times = [(timed(a), timed(b)) for _ in range(REPEATS)]
+    first, second = (sorted(t)[REPEATS // 2] for t in zip(*times, strict=True))
+    return first, second
+
+
+def timed(f: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    f()
+    return time.perf_counter() - began
+
+
+def exponent(times: dict[int, float]) -> float:
+    """Slope of log time over log entries of n x n matrices, by least squares."""
+    x = torch.tensor([2 * math.log(n) for n in times])
+    y = torch.tensor([math.log(t) for t in times.values()])
+    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    return sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+
+
+if __name__ == "__main__":
+    for line in run():
+        print(json.dumps(line))

@@ -1,0 +1,5 @@
+"""The command line: thin; it parses, calls and prints."""
+
+from pondera.cli._app import main
+
+__all__ = ["main"]

@@ -1,0 +1,310 @@
+"""Commands. Exit status: 0 done; 1 done, and some run or claim failed; 2 bad input, in one sentence on standard error."""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pondera.errors import BadInput, nearest
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="One home for the weights of neural networks and of data.",
+)
+out = Console(width=None if sys.stdout.isatty() else 160)  # a pipe or a file is not 80 columns wide
+
+
+def main() -> None:
+    """Entry point: bad input becomes one sentence and exit status 2."""
+    try:
+        app()
+    except BadInput as error:
+        print(f"pondera: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("pondera: stopped; finished runs are kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+# -- the catalogue ----------------------------------------------------------------------------------------------------
+
+
+@app.command("list")
+def list_(
+    room: Annotated[str | None, typer.Option(help="Only this room.")] = None,
+    status: Annotated[str | None, typer.Option(help="Only this status: planned, built or tested.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the catalogue's papers."""
+    from pondera.papers import STATUSES, catalogue
+    from pondera.papers import status as status_of
+
+    rooms = sorted({p.room for p in catalogue()})
+    if room is not None and room not in rooms:
+        raise BadInput(f"no room is called {room!r}{nearest(room, rooms)} (rooms: {', '.join(rooms)})")
+    if status is not None and status not in STATUSES:
+        raise BadInput(f"a status is one of {', '.join(STATUSES)}, got {status!r}")
+    rows = [(p, status_of(p)) for p in catalogue() if room in (None, p.room)]
+    rows = [(p, s) for p, s in rows if status in (None, s)]
+    if as_json:
+        print(
+            json.dumps(
+                [{"key": p.key, "room": p.room, "status": s, "title": p.title, "objects": p.objects} for p, s in rows]
+            )
+        )
+        return
+    table = Table("key", "room", "status", "title", box=None, pad_edge=False)
+    for p, s in rows:
+        table.add_row(p.key, p.room, s, escape(p.title))
+    out.print(table)
+    out.print(f"{len(rows)} papers")
+
+
+@app.command()
+def search(
+    question: Annotated[list[str], typer.Argument(help="What you want to do, in plain words.")],
+    k: Annotated[int, typer.Option("-k", help="How many answers.")] = 5,
+) -> None:
+    """Find methods by a question in plain words: pondera search "start a small network from a larger one"."""
+    from pondera.papers import search as ranked
+    from pondera.papers import status
+
+    if k < 1:
+        raise BadInput(f"-k must be at least 1, got {k}")
+    hits = ranked(" ".join(question), k)
+    if not hits:
+        out.print("nothing found; try other words, or `pondera list`")
+    for hit in hits:
+        p = hit.paper
+        out.print(f"[bold]{p.key}[/bold]  {escape(p.title)}  [dim]({p.room}, {status(p)})[/dim]", soft_wrap=True)
+        out.print(f"    {escape(p.use)}", soft_wrap=True)
+
+
+@app.command()
+def show(key: Annotated[str, typer.Argument(help="A paper's key, as in `pondera list`.")]) -> None:
+    """Show one method: what it does, when to use it, a snippet, what its replication found."""
+    from rich.markdown import Markdown
+
+    from pondera.papers import paper
+    from pondera.papers.page import page
+
+    out.print(Markdown(page(paper(key))))
+
+
+# -- the lab ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def compare(
+    task: Annotated[
+        str, typer.Argument(help="A built-in task (digits, mnist, deep, code) or the path of a task file.")
+    ],
+    recipes: Annotated[
+        list[str] | None, typer.Argument(help='Recipes: "init=lsuv+optim=NorMuon", or "label: init=zero".')
+    ] = None,
+    init: Annotated[list[str] | None, typer.Option(help="Also compare this start; repeatable.")] = None,
+    parametrize: Annotated[
+        list[str] | None, typer.Option(help="Also compare this parametrization; repeatable.")
+    ] = None,
+    penalty: Annotated[list[str] | None, typer.Option(help="Also compare this penalty; repeatable.")] = None,
+    optim: Annotated[list[str] | None, typer.Option(help="Also compare this optimizer; repeatable.")] = None,
+    seeds: Annotated[int, typer.Option(help="Fresh repeats of each recipe.")] = 5,
+    budget: Annotated[int | None, typer.Option(help="Steps of one run; the task's by default.")] = None,
+    rates: Annotated[str | None, typer.Option(help="Learning rates to tune over: 0.001,0.01,0.1.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Local processes; one a core by default.")] = None,
+    store: Annotated[str, typer.Option(help="File of finished runs, or a database URL.")] = "pondera.db",
+    ray: Annotated[str | None, typer.Option(help='Address of a running Ray cluster, or "auto".')] = None,
+    device: Annotated[str, typer.Option(help="Where the models live: cpu, cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="Threads of one run.")] = 1,
+    report: Annotated[Path | None, typer.Option(help="Write the report (one HTML file) here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+) -> None:
+    """Compare choices about weights on a task: tuned alike, repeated, with honest differences to the baseline.
+
+    The baseline is the task as built; name others by options or as recipes. Kill it at any moment: the same command
+    goes on from where it was.
+    """
+    from pondera.lab import Recipe
+    from pondera.lab import compare as run
+
+    if report is not None:
+        from pondera.lab.report import check_path
+
+        check_path(report)
+    given = ["", *(recipes or [])]
+    for room, chosen in (("init", init), ("parametrize", parametrize), ("penalty", penalty), ("optim", optim)):
+        given += [f"{room}={name}" for name in chosen or []]
+    if len(given) == 1:
+        raise BadInput(
+            'compare needs something to compare with the task as built: a recipe such as "init=lsuv", or --init lsuv'
+        )
+    grid = None if rates is None else _numbers(rates)
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries say on the way is not the result
+        table = run(
+            task,
+            [Recipe.parse(g) for g in given],
+            seeds=seeds,
+            budget=budget,
+            rates=grid,
+            workers=workers,
+            store=store,
+            ray=ray,
+            device=device,
+            threads=threads,
+            progress=not quiet and sys.stderr.isatty(),
+        )
+    if report is not None:
+        table.report(report)
+    if as_json:
+        print(json.dumps([{k: _jsonable(v) for k, v in row.items()} for row in table.table()]))
+    else:
+        _print_comparison(table)
+        if report is not None:
+            out.print(f"report: {report}")
+    if not table.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    task: Annotated[str, typer.Argument(help="A built-in task or the path of a task file.")],
+    recipe: Annotated[str, typer.Argument(help='The start to look at: "init=lsuv"; as built by default.')] = "",
+    init: Annotated[str | None, typer.Option(help='Short for the recipe "init=NAME".')] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at a model before training: where signal, gradient or class balance is lost, and which starts to try."""
+    from pondera.lab import Recipe, load_task
+    from pondera.lab import inspect as look
+    from pondera.lab.train import START_BATCH, prepare
+
+    if init is not None:
+        recipe = f"{recipe}+init={init}" if recipe else f"init={init}"
+    loaded = load_task(task)
+    train, _ = loaded.data()
+    model = prepare(loaded, Recipe.parse(recipe), seed, train)
+    few = tuple(t[:START_BATCH] for t in train)
+    found = look(model, loaded.inputs(few), loss=lambda m, _: loaded.loss(m, few))
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        print(found.summary())
+
+
+# -- replications -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def reproduce(
+    keys: Annotated[list[str] | None, typer.Argument(help="Papers' keys.")] = None,
+    room: Annotated[str | None, typer.Option(help="All replications of a room.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All replications.")] = False,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="Which claims: quick, full, gpu; repeatable. quick and full by default.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Repeats of stochastic claims, at least 5.")] = 5,
+    save: Annotated[Path | None, typer.Option(help="Folder to record evidence in.")] = None,
+) -> None:
+    """Re-run the claims of papers here, and say which hold."""
+    from pondera import replications
+    from pondera.papers import catalogue, paper
+
+    known = replications.keys()
+    chosen = list(keys or [])
+    if room is not None:
+        rooms = {p.room for p in catalogue()}
+        if room not in rooms:
+            raise BadInput(f"no room is called {room!r}{nearest(room, rooms)} (rooms: {', '.join(sorted(rooms))})")
+        chosen += [k for k in known if k not in ("calibration",) and paper(k).room == room]
+    if everything:
+        chosen += known
+    if not chosen:
+        raise BadInput(
+            "reproduce needs keys, --room ROOM or --all" + (f"; room {room} has no replication yet" if room else "")
+        )
+    failed = False
+    table = Table("key", "claim", "verdict", "measured", title="Claims re-run")
+    for key in dict.fromkeys(chosen):
+        record = replications.reproduce(
+            key,
+            budgets=budget or ("quick", "full"),
+            n_seeds=seeds,
+            out=save,
+            said=lambda line: out.print(f"[dim]{escape(line)}[/dim]"),
+        )
+        for c in record["claims"]:
+            colour = {"holds": "green", "fails": "red"}.get(c["verdict"], "yellow")
+            failed |= c["verdict"] == "fails"
+            table.add_row(
+                key, escape(c["claim"]), f"[{colour}]{c['verdict']}[/{colour}]", escape(_figures(c["measured"]))
+            )
+    out.print(table)
+    if failed:
+        raise typer.Exit(1)
+
+
+# -- printing ---------------------------------------------------------------------------------------------------------
+
+
+def _print_comparison(c: Any) -> None:
+    title = f"{c.task.name}: {c.task.settings.score}, {c.seeds} seeds, {c.steps} steps a run"
+    table = Table("recipe", "rate", "score [95%]", "difference to the first", "verdict", "ms/step", title=title)
+    for r in c.rows:
+        mean, low, high = r.score
+        d = r.difference
+        colour = {"better": "green", "worse": "red"}.get(r.verdict, "red" if r.failed else "default")
+        table.add_row(
+            escape(r.name),
+            _number(r.rate, ".1e") + ("*" if r.edge else ""),
+            f"{_number(mean)} \\[{_number(low)}, {_number(high)}]",
+            f"{d.mean:+.4f} \\[{d.low:+.4f}, {d.high:+.4f}]" if d else "",
+            f"[{colour}]{r.verdict}[/{colour}]",
+            _number(1e3 * r.step_seconds, ".2f"),
+        )
+    out.print(table)
+    if any(r.edge for r in c.rows):
+        out.print("* the best rate lies at the end of the grid; a wider --rates may do better")
+    for r in c.rows:
+        for why in sorted(set(r.failed.values())):
+            out.print(f"{escape(r.name)}: {escape(why)}")
+    out.print(f"{c.runs} runs, {c.repeated} of them found in the store; {c.seconds:.0f} s")
+
+
+def _number(x: float, how: str = ".4f") -> str:
+    return format(x, how) if math.isfinite(x) else "-"
+
+
+def _figures(measured: dict[str, Any]) -> str:
+    parts = []
+    for k, v in measured.items():
+        if isinstance(v, dict) and "low" in v:
+            v = f"{v['mean']:.4g} [{v['low']:.4g}, {v['high']:.4g}]"
+        elif isinstance(v, (list, dict)) and len(v) > 4:
+            continue
+        parts.append(f"{k} {v}")
+    return "; ".join(parts)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(x) for x in text.split(",")]
+    except ValueError:
+        raise BadInput(f"--rates takes numbers with commas between, got {text!r}") from None
+
+
+def _jsonable(v: Any) -> Any:
+    if isinstance(v, float) and not math.isfinite(v):
+        return None
+    return [_jsonable(x) for x in v] if isinstance(v, Iterable) and not isinstance(v, (str, dict)) else v

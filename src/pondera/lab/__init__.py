@@ -1,0 +1,47 @@
+"""The lab: compare choices about weights on a task, fairly; look at a model before training it.
+
+>>> from pondera.lab import Recipe
+>>> Recipe(init="lsuv", optim="NorMuon").name
+'init=lsuv+optim=NorMuon'
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pondera.lab.recipe import Recipe
+from pondera.lab.task import Settings, Task, built_in, load_task
+
+if TYPE_CHECKING:
+    from pondera.lab._compare import Comparison, Row, compare
+    from pondera.lab._inspect import Inspection, inspect
+    from pondera.lab.stats import Difference, difference
+
+_LATER = {  # heavier parts, loaded when used
+    "Comparison": "_compare",
+    "Row": "_compare",
+    "compare": "_compare",
+    "Inspection": "_inspect",
+    "inspect": "_inspect",
+    "Difference": "stats",
+    "difference": "stats",
+}
+__all__ = [
+    "Comparison",
+    "Difference",
+    "Inspection",
+    "Recipe",
+    "Row",
+    "Settings",
+    "Task",
+    "built_in",
+    "compare",
+    "difference",
+    "inspect",
+    "load_task",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(f"pondera.lab.{_LATER[name]}"), name)
+    raise AttributeError(f"module 'pondera.lab' has no attribute {name!r}")

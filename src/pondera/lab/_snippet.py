@@ -1,0 +1,172 @@
+"""The code that does what a recipe did, to paste into one's own training script."""
+
+import importlib
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from pondera.errors import BadInput
+from pondera.lab.recipe import _DOORS, DEFAULT_FACTOR, Choice, Recipe, parse_choice
+from pondera.lab.train import START_BATCH, WARM_UP
+
+EACH_LAYER = "    if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):"
+
+
+def snippet(recipe: Recipe, rate: float, *, steps: int, optim: str = "AdamW", schedule: str = "cosine") -> str:
+    """Python that starts, holds and trains a model as `recipe` did, at learning rate `rate`.
+
+    It uses names of the reader's own: ``model``, ``loss_fn(output, target)``, ``loader`` (of inputs and targets) and,
+    for starts that look at data, ``batch``. optim, schedule: the task's, where the recipe chooses none.
+    Raises: BadInput: for a method that cannot be found any more.
+
+    >>> print(snippet(Recipe(optim="SGD(momentum=0.9)"), 0.1, steps=300, schedule="constant"))
+    import torch
+    <BLANKLINE>
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    <BLANKLINE>
+    for inputs, target in loader:
+        optimizer.zero_grad()
+        loss = loss_fn(model(inputs), target)
+        loss.backward()
+        optimizer.step()
+    """
+    held, moved = recipe.choice("parametrize"), recipe.choice("optim") or parse_choice("optim", optim)
+    start = recipe.choice("init")
+    optimizers = _optimizers(moved, rate)
+    many = len(optimizers) > 1
+    blocks = [
+        _batch_note([c for c in (start, held) if c]),
+        _start(start) if start else [],
+        _hold(held) if held else [],
+        [line for lines in optimizers for line in lines],
+        ["optimizers = [muon, adamw]"] if many else [],
+        _steering(steps, many) if schedule == "cosine" else [],
+        _loop(recipe.choice("penalty"), many, schedule == "cosine"),
+    ]
+    body = "\n\n".join("\n".join(block) for block in blocks if block).replace("torch.nn.", "nn.")
+    used = {_address(c)[0] for c in (*recipe.choices(), moved)} | (
+        {"pondera.optim"} if "pondera.optim." in body else set()
+    )
+    lines = {f"import {module}" for module in used if not module.startswith("torch.")}
+    lines |= {"import torch"} if "torch." in body else set()
+    lines |= {"from torch import nn"} if "nn.Linear" in body else set()
+    imports = sorted(lines, key=lambda line: (line.startswith("from"), line))
+    return "\n".join((["import math", ""] if "math." in body else []) + imports) + f"\n\n{body}"
+
+
+def _batch_note(choices: list[Choice]) -> list[str]:
+    looking = any("batch" in inspect.signature(c.resolve()).parameters for c in choices)
+    return [f"# batch: the inputs of some {START_BATCH} training examples"] if looking else []
+
+
+def _start(choice: Choice) -> list[str]:
+    method = choice.resolve()
+    if method.__module__ != "torch.nn.init":
+        return [_call(choice, "model")]
+    return [
+        "# every linear and convolution weight, each by itself; biases at zero",
+        "for layer in model.modules():",
+        EACH_LAYER,
+        f"        {_call(choice, 'layer.weight')}",
+        "        if layer.bias is not None:",
+        "            nn.init.zeros_(layer.bias)",
+    ]
+
+
+def _hold(choice: Choice) -> list[str]:
+    method = choice.resolve()
+    if isinstance(method, type) and issubclass(method, nn.Module):
+        made = _call(choice)
+        put = f'torch.nn.utils.parametrize.register_parametrization(layer, "weight", {made})'
+    elif "batch" in inspect.signature(method).parameters:
+        return [_call(choice, "model")]
+    else:
+        put = _call(choice, "layer")
+    return ["for layer in list(model.modules()):", EACH_LAYER, f"        {put}"]
+
+
+def _optimizers(choice: Choice, rate: float) -> list[list[str]]:
+    method, lr = choice.resolve(), f"lr={rate:.4g}"
+    if method is getattr(torch.optim, "Muon", None):
+        from pondera.optim._groups import VECTOR_RATE_RATIO
+
+        return [
+            [
+                "# hidden matrices by Muon, everything else by AdamW",
+                "groups = pondera.optim.groups(model)",
+                'matrices = [p for g in groups if g["matrix"] for p in g["params"] if p.ndim == 2]',
+                "hidden = {id(p) for p in matrices}",
+                "others = [p for p in model.parameters() if id(p) not in hidden]",
+                f"muon = {_call(choice, 'matrices', lr)}",
+            ],
+            [f"adamw = torch.optim.AdamW(others, lr={rate * VECTOR_RATE_RATIO:.4g}, weight_decay=0.0)"],
+        ]
+    matrix = getattr(method, "matrix_method", False)
+    return [[f"optimizer = {_call(choice, 'pondera.optim.groups(model)' if matrix else 'model.parameters()', lr)}"]]
+
+
+def _steering(steps: int, many: bool) -> list[str]:
+    warm = max(1, round(WARM_UP * steps))
+    scheduler = "torch.optim.lr_scheduler.LambdaLR"
+    return [
+        f"steps, warm = {steps}, {warm}  # as compared; warm-up, then cosine to zero",
+        "",
+        "def share(done):",
+        "    if done < warm:",
+        "        return (done + 1) / warm",
+        "    return 0.5 * (1 + math.cos(math.pi * min(1, (done + 1 - warm) / (steps - warm + 1))))",
+        "",
+        f"schedulers = [{scheduler}(o, share) for o in optimizers]"
+        if many
+        else f"scheduler = {scheduler}(optimizer, share)",
+    ]
+
+
+def _loop(penalty: Choice | None, many: bool, steered: bool) -> list[str]:
+    def each(what: str, call: str) -> list[str]:
+        return [f"    for one in {what}s:", f"        one.{call}()"] if many else [f"    {what}.{call}()"]
+
+    loss = "    loss = loss_fn(model(inputs), target)"
+    if penalty:
+        kwargs = penalty.kwargs
+        factor = kwargs.pop("factor", DEFAULT_FACTOR)
+        loss += f" + {_literal(factor)} * {_call(Choice('penalty', penalty.name, tuple(kwargs.items())), 'model')}"
+    return [
+        "for inputs, target in loader:",
+        *each("optimizer", "zero_grad"),
+        loss,
+        "    loss.backward()",
+        *each("optimizer", "step"),
+        *(each("scheduler", "step") if steered else []),
+    ]
+
+
+def _call(choice: Choice, *given: str) -> str:
+    """The call as written in Python: given arguments, ``batch`` where the method looks at data, the recipe's own."""
+    takes = inspect.signature(choice.resolve()).parameters if choice.room in ("init", "parametrize") else {}
+    inside = list(given)
+    if "batch" in takes:
+        second = list(takes).index("batch") == 1 and takes["batch"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        inside.append("batch" if second else "batch=batch")
+    inside += [f"{k}={_literal(v)}" for k, v in choice.args]
+    return f"{'.'.join(_address(choice))}({', '.join(inside)})"
+
+
+def _address(choice: Choice) -> tuple[str, str]:
+    """Module and public name of a choice's method."""
+    if ":" in choice.name:
+        module, _, name = choice.name.partition(":")
+        return module, name
+    method = choice.resolve()
+    for door in _DOORS[choice.room]:
+        for name in (f"{choice.name}_", choice.name):
+            if getattr(importlib.import_module(door), name, None) is method:
+                return door, name
+    raise BadInput(f"no {choice.room} method is called {choice.name!r}")
+
+
+def _literal(value: Any) -> str:
+    return f'float("{value}")' if isinstance(value, float) and not math.isfinite(value) else repr(value)

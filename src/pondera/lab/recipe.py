@@ -1,0 +1,317 @@
+"""A recipe: one choice a room, read from a string, checked before anything runs."""
+
+import ast
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize as torch_parametrize
+
+from pondera._weights import require_owned
+from pondera.errors import BadInput, nearest
+
+ROOMS = ("init", "parametrize", "penalty", "optim")
+_DOORS = {  # where a room's names are looked up, in this order
+    "init": ("pondera.init", "torch.nn.init"),
+    "parametrize": ("pondera.parametrize", "torch.nn.utils.parametrizations"),
+    "penalty": ("pondera.penalties",),
+    "optim": ("pondera.optim", "torch.optim"),
+}
+DEFAULT_FACTOR = 0.01
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One method by name with its arguments: ``lsuv(tol=0.01)``."""
+
+    room: str
+    name: str
+    args: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        inside = ",".join(f"{k}={v!r}" for k, v in self.args)
+        return f"{self.name}({inside})" if inside else self.name
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return dict(self.args)
+
+    def resolve(self) -> Callable[..., Any]:
+        """The public object the name stands for; BadInput with the nearest names when there is none."""
+        return _resolve(self.room, self.name)
+
+    def check(self) -> None:
+        """Raise BadInput for an unknown name or an argument the method does not take."""
+        method = self.resolve()
+        try:
+            known = inspect.signature(method).parameters
+        except ValueError:  # a builtin without a signature: its own call will judge
+            return
+        settable = [
+            p for p in known if p not in ("self", "params", "lr", "batch", "generator", "model", "weight", "target")
+        ]
+        if self.room == "penalty":
+            settable = [p for p in known if p not in ("self", "weight", "model")] + ["factor"]
+        if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            return
+        for name in self.kwargs:
+            if name not in settable:
+                hint = nearest(name, settable)
+                raise BadInput(
+                    f"{self.room}={self.name} takes no argument {name!r}{hint} (it takes {', '.join(settable)})"
+                )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One choice a room; None keeps what the task does by itself.
+
+    Args:
+        init: a start, a function of `pondera.init` or `torch.nn.init` without the final underscore: ``"lsuv(tol=0.01)"``.
+        parametrize: of `pondera.parametrize` or `torch.nn.utils.parametrizations`, put on every owned weight.
+        penalty: of `pondera.penalties`, added to the loss times ``factor=`` (0.01): ``"norm_loss(factor=0.1)"``.
+        optim: of `pondera.optim` or `torch.optim`; its learning rate is tuned, so it is not an argument.
+        salt: shifts the draw of the weights while the data order stays; for A/A tests of the comparison itself.
+        label: the name in tables; by default the choices themselves.
+    A method of your own is named ``module:object`` where Python can import it.
+    Raises: BadInput: for an unknown method (nearest names offered), a wrong argument, or text that does not parse.
+
+    >>> str(Recipe(init="lsuv(tol=0.01)", optim="NorMuon"))
+    'init=lsuv(tol=0.01)+optim=NorMuon'
+    """
+
+    init: str | None = None
+    parametrize: str | None = None
+    penalty: str | None = None
+    optim: str | None = None
+    salt: int = 0
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        for choice in self.choices():
+            choice.check()
+
+    @classmethod
+    def parse(cls, text: str) -> "Recipe":
+        """Read ``"label: init=lsuv(tol=0.01)+optim=NorMuon"``; label and every choice are optional, ``""`` is the baseline.
+
+        >>> Recipe.parse("mine: optim=SGD(momentum=0.9)").name
+        'mine'
+        """
+        before, colon, after = text.partition(": ")
+        label, rest = (before.strip(), after) if colon and "=" not in before else (None, text)
+        given: dict[str, Any] = {}
+        for part in filter(None, (p.strip() for p in _split(rest, "+"))):
+            room, equals, value = part.partition("=")
+            if not equals or room.strip() not in (*ROOMS, "salt"):
+                raise BadInput(
+                    f"a recipe is made of {', '.join(f'{r}=NAME' for r in ROOMS)} joined by '+', got {part!r}"
+                    f"{nearest(room.strip(), ROOMS)}"
+                )
+            if room.strip() in given:
+                raise BadInput(f"the recipe {text!r} chooses {room.strip()} twice")
+            given[room.strip()] = int(value) if room.strip() == "salt" else value.strip()
+        return cls(**given, label=label or None)
+
+    def choices(self) -> Iterator[Choice]:
+        """The choices made, in the order they are applied."""
+        for room in ROOMS:
+            text = getattr(self, room)
+            if text is not None:
+                yield parse_choice(room, text)
+
+    def choice(self, room: str) -> Choice | None:
+        return next((c for c in self.choices() if c.room == room), None)
+
+    def __str__(self) -> str:
+        parts = [f"{c.room}={c}" for c in self.choices()] + ([f"salt={self.salt}"] if self.salt else [])
+        return "+".join(parts)
+
+    @property
+    def name(self) -> str:
+        return self.label or str(self) or "as built"
+
+    def fingerprint(self) -> str:
+        """Hash of the choices and of the source of the methods chosen: a changed method is a new run."""
+        text = str(self) + "".join(_source_hash(c.room, c.name) for c in self.choices())
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    # -- applying it ------------------------------------------------------------------------------------------------
+
+    def start(self, model: nn.Module, batch: Any, generator: torch.Generator) -> nn.Module:
+        """Give `model` its start and its parametrizations, in place. batch: inputs for data-driven starts."""
+        init = self.choice("init")
+        if init is not None:
+            _call_start(init, model, batch, generator)
+        held = self.choice("parametrize")
+        if held is not None:
+            method = held.resolve()
+            if isinstance(method, type):
+                for one in require_owned(model, held.name):
+                    held_by: Any = method  # a class of modules
+                    torch_parametrize.register_parametrization(one.module, one.attribute, held_by(**held.kwargs))
+            elif "batch" in inspect.signature(method).parameters:
+                _call_start(held, model, batch, generator)
+            else:
+                for one in require_owned(model, held.name):
+                    if one.attribute == "weight":
+                        method(one.module, **held.kwargs)
+        return model
+
+    def penalty_of(self, model: nn.Module) -> Tensor | None:
+        """The penalty times its factor, or None."""
+        choice = self.choice("penalty")
+        if choice is None:
+            return None
+        kwargs = choice.kwargs
+        factor = kwargs.pop("factor", DEFAULT_FACTOR)
+        return factor * choice.resolve()(model, **kwargs)
+
+    def optimizers(self, model: nn.Module, rate: float, default: str) -> list[torch.optim.Optimizer]:
+        """The optimizer at learning rate `rate` (two where torch's Muon leaves the vectors to AdamW)."""
+        choice = self.choice("optim") or parse_choice("optim", default)
+        method = choice.resolve()
+        if method is getattr(torch.optim, "Muon", None):
+            from pondera.optim import groups
+            from pondera.optim._groups import VECTOR_RATE_RATIO
+
+            split = groups(model)
+            matrices = [p for g in split if g["matrix"] for p in g["params"] if p.ndim == 2]
+            if not matrices:
+                raise BadInput("optim=Muon needs hidden matrices of two dimensions, and the model has none")
+            chosen = {id(p) for p in matrices}
+            rest = [p for p in model.parameters() if id(p) not in chosen and p.requires_grad]
+            muon = method(matrices, lr=rate, **choice.kwargs)
+            return [muon, torch.optim.AdamW(rest, lr=rate * VECTOR_RATE_RATIO, weight_decay=0.0)] if rest else [muon]
+        params: Any = list(model.parameters())
+        if getattr(method, "matrix_method", False):
+            from pondera.optim import groups
+
+            params = groups(model)
+        return [method(params, lr=rate, **choice.kwargs)]
+
+
+def parse_choice(room: str, text: str) -> Choice:
+    """Read ``name(arg=value, ...)``; values are Python literals.
+
+    >>> parse_choice("init", "lsuv(tol=0.01)").kwargs
+    {'tol': 0.01}
+    """
+    name, paren, inside = text.strip().partition("(")
+    if not name or (paren and not text.strip().endswith(")")):
+        raise BadInput(f"a choice is NAME or NAME(arg=value, ...), got {text!r} for {room}")
+    if not paren:
+        return Choice(room, name)
+    try:
+        call = ast.parse(f"f({inside}", mode="eval").body
+        assert isinstance(call, ast.Call)
+        if call.args:
+            raise BadInput(f"the arguments of {room}={name} need their names (arg=value), got {text!r}")
+        args = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, AssertionError, ValueError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"the arguments in {text!r} are not Python literals (numbers, quoted text, lists)") from None
+    return Choice(room, name, tuple(sorted(args.items())))
+
+
+def names(room: str) -> list[str]:
+    """Every name a recipe may give for `room`, ours first."""
+    found: dict[str, None] = {}
+    for door in _DOORS[room]:
+        module = importlib.import_module(door)
+        for public in getattr(module, "__all__", dir(module)):
+            if _fits(room, public, getattr(module, public, None)):
+                found[public.removesuffix("_")] = None
+    return list(found)
+
+
+def _fits(room: str, public: str, value: Any) -> bool:
+    if public.startswith("_") or not callable(value):
+        return False
+    if room == "init":
+        return public.endswith("_") and not public.startswith("_no_grad")
+    if room == "optim":
+        return (
+            isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+        )
+    return room != "parametrize" or isinstance(value, type) or inspect.isfunction(value)
+
+
+@lru_cache(maxsize=256)
+def _resolve(room: str, name: str) -> Callable[..., Any]:
+    if ":" in name:
+        module_name, _, attribute = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise BadInput(f"{room}={name} cannot be imported: {error}") from None
+    for door in _DOORS[room]:
+        module = importlib.import_module(door)
+        public = getattr(module, "__all__", dir(module))
+        for candidate in (f"{name}_", name):
+            if candidate in public and _fits(room, candidate, getattr(module, candidate)):
+                return getattr(module, candidate)
+    known = names(room)
+    raise BadInput(
+        f"no {room} method is called {name!r}{nearest(name, known) or f' (known: {chr(44).join(known[:12])}, ...)'}"
+    )
+
+
+def _call_start(choice: Choice, model: nn.Module, batch: Any, generator: torch.Generator) -> None:
+    method = choice.resolve()
+    takes = inspect.signature(method).parameters
+    extra: dict[str, Any] = {}
+    if "batch" in takes:
+        extra["batch"] = batch
+    if "generator" in takes:
+        extra["generator"] = generator
+    if method.__module__ == "torch.nn.init":  # tensor starts of torch: on every owned weight, biases zero
+        for one in require_owned(model, choice.name):
+            new = one.read().detach().clone()
+            method(new, **choice.kwargs, **extra)
+            one.write(new)
+            one.fill_bias(0.0)
+        return
+    method(model, **choice.kwargs, **extra)
+
+
+@lru_cache(maxsize=256)
+def _source_hash(room: str, name: str) -> str:
+    try:
+        source = inspect.getsource(inspect.getmodule(_resolve(room, name)))  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        return ""
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+def _split(text: str, mark: str) -> Iterator[str]:
+    """Split at `mark` outside brackets."""
+    depth, at = 0, 0
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        if c == mark and depth == 0 and not (i and text[i - 1] in "eE"):
+            yield text[at:i]
+            at = i + 1
+    yield text[at:]
+
+
+def as_recipe(given: "Recipe | str | dict[str, Any]") -> Recipe:
+    """A recipe from itself, its text, or a dict of its fields."""
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, str):
+        return Recipe.parse(given)
+    if isinstance(given, dict):
+        known = {f.name for f in fields(Recipe)}
+        for key in given:
+            if key not in known:
+                raise BadInput(f"a recipe has no field {key!r}{nearest(key, known)}")
+        return Recipe(**given)
+    raise BadInput(f"a recipe is a Recipe, its text or a dict, got {type(given).__name__}")

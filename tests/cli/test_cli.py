@@ -1,0 +1,91 @@
+"""Commands as a user types them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ..lab.conftest import TINY
+
+
+def pondera(*args, cwd=None, timeout=240):
+    return subprocess.run(
+        [sys.executable, "-m", "pondera", *args], capture_output=True, text=True, cwd=cwd, timeout=timeout
+    )
+
+
+def refused(result, words):
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = [line for line in result.stderr.strip().splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("pondera: ")
+    assert words in lines[0]
+
+
+def test_list_search_show():
+    rows = json.loads(pondera("list", "--json").stdout)
+    assert len(rows) == 195
+    init = json.loads(pondera("list", "--room", "init", "--json").stdout)
+    assert len(init) == 16
+    assert {r["room"] for r in init} == {"init"}
+    assert "weight-selection" in pondera("search", "start a small network from a larger one").stdout
+    shown = pondera("show", "lsuv").stdout
+    for part in ("All you need is a good init", "lsuv_", "holds"):
+        assert part in shown
+
+
+def test_compare_writes_report_and_table(tmp_path):
+    result = pondera(
+        "compare", TINY, "--optim", "Adam", "--seeds", "2", "--workers", "1", "--report", "report.html", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    for part in ("as built", "optim=Adam", "baseline", "report: report.html"):
+        assert part in result.stdout
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    assert {p.name for p in tmp_path.iterdir()} >= {"report.html", "pondera.db"}
+
+
+def test_failed_recipe_sets_the_exit_status(tmp_path):
+    result = pondera("compare", TINY, "optim=SGD(weight_decay=1e30)", "--seeds", "2", "--workers", "1", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "failed in 2 of 2 runs" in result.stdout
+    assert "diverged" in result.stdout
+
+
+def test_inspect():
+    result = pondera("inspect", "deep")
+    assert result.returncode == 0, result.stderr
+    assert "lsuv" in result.stdout
+    assert json.loads(pondera("inspect", "digits", "--init", "lsuv", "--json").stdout)
+
+
+def test_bad_input_is_one_sentence(tmp_path):
+    refused(pondera("list", "--room", "inti"), "no room is called 'inti'; did you mean init?")
+    refused(pondera("show", "lsvu"), "did you mean lsuv")
+    refused(pondera("search", " "), "")
+    refused(pondera("compare", "digits"), "something to compare")
+    refused(pondera("compare", "digitz", "--init", "lsuv"), "did you mean digits")
+    refused(pondera("compare", "digits", "--init", "lsvu"), "did you mean lsuv")
+    refused(pondera("compare", "digits", "--init", "lsuv", "--seeds", "0"), "seeds must be at least 1")
+    refused(pondera("compare", "digits", "--init", "lsuv", "--rates", "fast"), "--rates takes numbers")
+    missing = pondera("compare", TINY, "--init", "lsuv", "--report", "no/such/report.html", cwd=tmp_path)
+    refused(missing, "no/such")
+    assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
+    refused(pondera("reproduce"), "needs keys")
+    refused(pondera("reproduce", "lsvu"), "did you mean lsuv")
+    refused(pondera("reproduce", "lsuv", "--budget", "huge"), "a budget is one of")
+
+
+@pytest.mark.slow
+def test_import_is_light():
+    """Beyond torch's own time the package imports in under a second, and nothing heavy comes along."""
+    code = "import sys, pondera; print([m for m in ('ray', 'plotly', 'optuna', 'sqlalchemy', 'transformers', 'sklearn', 'scipy', 'matplotlib', 'torch') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]"
+    rooms = code.replace(
+        "import sys, pondera",
+        "import sys, pondera, pondera.init, pondera.optim, pondera.probe, pondera.penalties, pondera.parametrize, pondera.lab",
+    )
+    result = subprocess.run([sys.executable, "-c", rooms], capture_output=True, text=True)
+    assert result.stdout.strip() == "['torch']"
