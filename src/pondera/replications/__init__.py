@@ -1,0 +1,31 @@
+"""Claims of papers, re-run: one module a paper, run by `pondera reproduce KEY`."""
+
+from pondera.replications._claims import (
+    Claim,
+    Effect,
+    Finding,
+    Lab,
+    claim,
+    claims,
+    effect,
+    evidence,
+    judge,
+    keys,
+    not_shown,
+    reproduce,
+)
+
+__all__ = [
+    "Claim",
+    "Effect",
+    "Finding",
+    "Lab",
+    "claim",
+    "claims",
+    "effect",
+    "evidence",
+    "judge",
+    "keys",
+    "not_shown",
+    "reproduce",
+]

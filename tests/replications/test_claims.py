@@ -1,0 +1,70 @@
+"""The framework of claims, and that recorded evidence is whole and speaks of the claims as they are written."""
+
+import json
+
+import pytest
+
+from pondera.errors import BadInput
+from pondera.replications import Lab, claims, effect, evidence, judge, keys, not_shown, reproduce
+from pondera.replications._claims import BUDGETS, evidence_folder
+
+
+@pytest.mark.parametrize("key", keys())
+def test_claims_state_source_and_criterion(key):
+    found = claims(key)
+    assert found
+    for c in found:
+        assert c.text
+        assert c.source
+        assert len(c.criterion) > 15
+        assert c.budget in BUDGETS
+
+
+@pytest.mark.parametrize("key", [k for k in keys() if evidence(k)])
+def test_evidence_is_of_these_claims(key):
+    written = {c.name: c for c in claims(key)}
+    records = evidence(key)["claims"]
+    assert records
+    for r in records:
+        assert r["name"] in written, f"{key}: evidence of a claim that is gone: {r['name']}"
+        assert r["verdict"] in ("holds", "fails", "not shown here")
+        assert r["criterion"] == written[r["name"]].criterion, (
+            f"{key}: the criterion of {r['name']} was changed after the run"
+        )
+        assert r["seeds"] >= 5
+        assert r["verdict"] != "not shown here" or r["note"]
+        for name in r["figures"]:
+            assert (evidence_folder() / name).is_file()
+
+
+def test_quick_claims_of_lsuv_come_out_as_recorded():
+    recorded = {c["name"]: c["verdict"] for c in evidence("lsuv")["claims"]}
+    for c in reproduce("lsuv", budgets=("quick",))["claims"]:
+        assert c["verdict"] == recorded[c["name"]]
+
+
+def test_effect_by_hand():
+    # differences 1, 2, 3: mean 2, t(0.975, 2) = 4.3027, half width 4.3027 / sqrt 3
+    e = effect([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert (e.mean, e.size, e.n) == (2.0, 2.0, 3)
+    assert e.high - e.mean == pytest.approx(4.3027 / 3**0.5, abs=1e-4)
+    assert not e.above
+    with pytest.raises(BadInput, match="same length"):
+        effect([1.0], [2.0])
+
+
+def test_verdicts_can_go_both_ways():
+    assert judge(True).verdict == "holds"
+    assert judge(False, x=1.0).verdict == "fails"
+    assert not_shown("too small").verdict == "not shown here"
+
+
+def test_reproduce_writes_whole_files_and_refuses(tmp_path):
+    reproduce("lsuv", budgets=("gpu",), out=tmp_path)
+    assert json.loads((tmp_path / "lsuv.json").read_text()) == {"key": "lsuv", "claims": []}
+    assert [p.name for p in tmp_path.iterdir()] == ["lsuv.json"]
+    with pytest.raises(BadInput, match="does not exist"):
+        reproduce("lsuv", out=tmp_path / "none")
+    with pytest.raises(BadInput, match="at least 5 seeds"):
+        reproduce("lsuv", n_seeds=3)
+    assert list(Lab("lsuv").seeds) == [0, 1, 2, 3, 4]
