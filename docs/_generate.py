@@ -1,0 +1,263 @@
+"""Write the pages that follow from the catalogue and the evidence: ``python docs/_generate.py``.
+
+Into ``docs/methods/`` (a page a paper, the alphabetical list, the choices by symptom), ``docs/rooms/`` (a page a room)
+and ``docs/reference/`` (the public objects that belong to no paper). Sphinx calls this before it reads the sources. A
+file is touched only when its text changed, so that a second build is quick; what no longer belongs there is removed.
+"""
+
+import importlib
+import inspect
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pondera.papers import Paper, catalogue, status
+from pondera.papers.page import findings, ours, page, replicated, text
+
+ORPHAN = "---\norphan: true\n---\n\n"  # planned pages are found by list and search; the sidebar holds what can be used
+FOLDERS = ("methods", "rooms", "reference")
+ROOMS = {  # what a room holds, in the order a newcomer meets them
+    "init": "Where weights start. Functions that fill a weight or a whole model in place, called like `torch.nn.init`.",
+    "optim": "How weights move. Subclasses of `torch.optim.Optimizer`.",
+    "penalties": "What pulls on weights. Functions that give a differentiable scalar to add to the loss.",
+    "parametrize": "How weights are held. Modules for `torch.nn.utils.parametrize`.",
+    "probe": "How weights and models are looked at. Functions that leave the model as it was and give figures.",
+    "nn": "Layers of structured weights.",
+    "adapters": "Reuse of one trained model: small additions to frozen weights.",
+    "merge": "Reuse of several trained models: their weights combined into one.",
+    "compress": "Smaller weights: pruned, quantised or factored.",
+    "weightspace": "Networks that read or write the weights of other networks.",
+    "samples": "Weights of data: which examples count, and how much.",
+    "solvers": "Inverse problems, linear systems and differential equations.",
+    "theory": "Models small enough to solve exactly: predicted curves beside simulated ones.",
+}
+REFERENCE = {  # modules whose public objects are documented on a page of their own
+    "lab": "Comparing choices fairly; looking at a model before training it.",
+    "papers": "The catalogue.",
+    "replications": "Stating and re-running claims.",
+    "linalg": "Linear algebra that every room shares.",
+    "errors": "Bad input.",
+}
+# A symptom, the keys of the papers that speak to it (those not built are left out).
+SYMPTOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        "The loss is stuck from the first step, or the net is deep and has no norm layers",
+        ("lsuv", "edge-of-chaos", "zero"),
+    ),
+    ("My activation has no gain in `torch.nn.init`", ("activation-variance", "lsuv", "edge-of-chaos")),
+    ("A residual net or transformer is unstable or slow early on", ("idinit", "zero", "architecture-scaling")),
+    ("Results differ a lot from seed to seed", ("orthogonal-features", "zero")),
+    ("A convolutional net starts slowly", ("convolution-aware", "lsuv")),
+    (
+        "A coordinate network (image, audio) stays blurred or silent",
+        ("winner", "learned-inr-start", "weight-conditioning"),
+    ),
+    ("A graph network trains poorly", ("virgo",)),
+    ("My net uses maxout or pools over channels", ("maxout",)),
+    ("I have a larger trained model of the same family", ("weight-selection",)),
+    ("I start from low-rank or sparse matrices", ("pseudo-iid",)),
+    ("The untrained net prefers some classes", ("initial-guessing-bias",)),
+    ("I do not want to tune the learning rate", ("polyak-momentum", "model-building-step")),
+    ("I want to use Adam with regularisation", ("decoupled-decay",)),
+    ("I train a transformer and AdamW is not enough", ("normuon", "trust-region-muon", "kl-shampoo", "norm-anthology")),
+    ("Muon helps, but its matrix products take too long", ("auon", "dct-projection")),
+    ("Optimizer state does not fit in memory", ("adafactor", "shampoo-4bit", "dct-projection", "novograd")),
+    ("Progress fades early in a net with many norm layers", ("adamp", "norm-loss", "weight-normalization")),
+    ("Weight decay has little meaning, as norms make the scale irrelevant", ("norm-loss", "adamp")),
+    ("Batch statistics are unwelcome (recurrent nets, tiny batches)", ("weight-normalization", "weight-conditioning")),
+    ("A classifier overfits although weight decay is on", ("weight-compander", "norm-loss")),
+    ("Rare classes are missed", ("weight-balancing", "initial-guessing-bias")),
+    ("A net retrained again and again learns ever more slowly", ("spectral-continual",)),
+    ("Convolutions should neither amplify nor shrink", ("orthogonal-convolution",)),
+    (
+        "I tune on a small model and train a large one",
+        ("u-mup", "architecture-scaling", "power-lines", "trajectory-invariance"),
+    ),
+    ("I want to know whether my net learns features or stays near its start", ("rich-lazy", "layer-rotation", "ntk")),
+)
+
+
+def generate(docs: Path) -> list[Path]:
+    """Write every generated page below `docs`; the paths, sorted."""
+    pages: dict[Path, str] = {}
+    for p in catalogue():
+        lead = ORPHAN if status(p) == "planned" else ""
+        pages[docs / "methods" / f"{p.key}.md"] = lead + page(p, site=True)
+    pages[docs / "methods" / "index.md"] = alphabetical(catalogue())
+    pages[docs / "methods" / "_choices.md"] = choices()
+    pages[docs / "methods" / "_calibration.md"] = findings("calibration") + "\n"
+    for room in ROOMS:
+        pages[docs / "rooms" / f"{room}.md"] = room_page(room)
+    pages[docs / "rooms" / "index.md"] = rooms_index()
+    for module in REFERENCE:
+        pages[docs / "reference" / f"{module}.md"] = reference(module)
+    pages[docs / "reference" / "index.md"] = reference_index()
+    pictures = _pictures(docs / "methods")
+    for path, words in pages.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() or path.read_text(encoding="utf-8") != words:
+            path.write_text(words, encoding="utf-8")
+    for to, source in pictures.items():
+        if not to.is_file() or to.read_bytes() != source.read_bytes():
+            shutil.copyfile(source, to)
+    for folder in FOLDERS:
+        for stale in set((docs / folder).iterdir()) - pages.keys() - pictures.keys():
+            stale.unlink()
+    return sorted(pages)
+
+
+def alphabetical(papers: Iterable[Paper]) -> str:
+    """Every paper by key, with its status."""
+    rows = [_row(p, "../methods/") for p in sorted(papers, key=lambda p: p.key)]
+    counts = ", ".join(f"{n} {s}" for s, n in _counts(catalogue()).items() if n)
+    return (
+        "# All methods\n\n"
+        f"{len(rows)} papers: {counts}. *Planned* ones are described and not built; *built* ones can be imported; "
+        "*tested* ones have also had their claims re-run.\n\n" + _table(("Method", "Room", "Status", "Paper"), rows)
+    )
+
+
+def rooms_index() -> str:
+    rows = []
+    for room, words in ROOMS.items():
+        c = _counts(_of(room))
+        rows.append(
+            (f"[{room}]({room}.md)", words, str(sum(c.values())), str(c["built"] + c["tested"]), str(c["tested"]))
+        )
+    tree = "\n".join(f"{room} <{room}>" for room in ROOMS)
+    return (
+        "# Rooms\n\nMethods that are used alike are in one room.\n\n"
+        + _table(("Room", "What is in it", "Papers", "Importable", "Of these tested"), rows)
+        + f"\n```{{toctree}}\n:hidden:\n\n{tree}\n```\n"
+    )
+
+
+def room_page(room: str) -> str:
+    """A room: its papers with their status and when to use them, what else it exports, and the tree of pages."""
+    papers = sorted(_of(room), key=lambda p: (status(p) == "planned", p.key))
+    ready = [p for p in papers if status(p) != "planned"]
+    later = [p for p in papers if status(p) == "planned"]
+    parts = [f"# {room}", ROOMS[room]]
+    if ready:
+        rows = [(f"[{p.key}](../methods/{p.key}.md)", _verdicts(p), text(p.use).replace("|", "\\|")) for p in ready]
+        parts += ["## What can be imported", _table(("Method", "Status", "When"), rows)]
+    else:
+        parts += ["Nothing of this room is built yet. The pages below say what the papers are about."]
+    others = _unlisted(f"pondera.{room}")
+    if others:
+        parts += ["## Also in this room", *(_auto(f"pondera.{room}.{name}", value) for name, value in others)]
+    if later:
+        rows = [(f"[{p.key}](../methods/{p.key}.md)", text(p.title).replace("|", "\\|"), str(p.year)) for p in later]
+        parts += ["## Planned", _table(("Key", "Paper", "Year"), rows)]
+    tree = "\n".join(f"{p.key} <../methods/{p.key}>" for p in ready)
+    if ready:
+        parts += [f"```{{toctree}}\n:hidden:\n\n{tree}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def choices() -> str:
+    """The table symptom -> methods, of built ones only; a symptom nothing speaks to yet is left out."""
+    rows = []
+    known = {p.key: p for p in catalogue()}
+    for symptom, keys in SYMPTOMS:
+        fitting = [known[k] for k in keys if status(known[k]) != "planned"]
+        if fitting:
+            links = ", ".join(f"[{p.key}](/methods/{p.key}.md)" for p in fitting)
+            rooms = ", ".join(f"[{r}](/rooms/{r}.md)" for r in dict.fromkeys(p.room for p in fitting))
+            rows.append((symptom, links, rooms))
+    return _table(("Symptom", "Methods to compare", "Room"), rows) if rows else "No method is built yet.\n"
+
+
+def reference(module: str) -> str:
+    parts = [f"# pondera.{module}", REFERENCE[module]]
+    parts += [_auto(f"pondera.{module}.{name}", value) for name, value in _unlisted(f"pondera.{module}")]
+    return "\n\n".join(parts) + "\n"
+
+
+def reference_index() -> str:
+    rows = [(f"[pondera.{m}]({m}.md)", words) for m, words in REFERENCE.items()]
+    tree = "\n".join(f"pondera.{m} <{m}>" for m in REFERENCE)
+    return (
+        "# Reference\n\nPublic objects that are not one paper's method. A method's own API is on its page.\n\n"
+        + _table(("Module", "What is in it"), rows)
+        + f"\n```{{toctree}}\n:hidden:\n\n{tree}\n```\n"
+    )
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _of(room: str) -> list[Paper]:
+    return [p for p in catalogue() if p.room == room]
+
+
+def _counts(papers: Iterable[Paper]) -> dict[str, int]:
+    counts = {"tested": 0, "built": 0, "planned": 0}
+    for p in papers:
+        counts[status(p)] += 1
+    return counts
+
+
+def _row(p: Paper, folder: str) -> tuple[str, ...]:
+    title = text(p.title).replace("|", "\\|")
+    return (f"[{p.key}]({folder}{p.key}.md)", f"[{p.room}](../rooms/{p.room}.md)", status(p), f"{title} ({p.year})")
+
+
+def _verdicts(p: Paper) -> str:
+    """The status; for tested ones with how many claims came out which way."""
+    if status(p) != "tested":
+        return status(p)
+    found = [r["verdict"] for r in replicated(p.key)]
+    words = [f"{found.count(v)} {v}" for v in ("holds", "fails", "not shown here") if v in found]
+    return f"tested: {', '.join(words)}"
+
+
+def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [" | ".join(r) for r in (heads, ["---"] * len(heads), *rows)]
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def _unlisted(module: str) -> list[tuple[str, Any]]:
+    """The public objects of a module that no row of the catalogue names and that can be imported here."""
+    try:
+        door = importlib.import_module(module)
+    except ModuleNotFoundError:
+        return []
+    rows = {path for p in catalogue() for path in p.objects}
+    found = []
+    for name in getattr(door, "__all__", None) or _own(door):
+        try:
+            value = getattr(door, name)
+        except (AttributeError, ImportError):
+            continue
+        path = f"{module}.{name}"
+        if path not in rows and ours(path, value) and not inspect.ismodule(value):
+            found.append((name, value))
+    return found
+
+
+def _own(door: Any) -> list[str]:
+    return [n for n, v in vars(door).items() if not n.startswith("_") and getattr(v, "__module__", "") == door.__name__]
+
+
+def _auto(path: str, value: Any) -> str:
+    if inspect.isclass(value):
+        kind = "autoexception" if issubclass(value, BaseException) else "autoclass"
+        options = "\n   :members:"
+    else:
+        kind, options = ("autofunction" if callable(value) else "autodata"), ""
+    return f"```{{eval-rst}}\n.. {kind}:: {path}{options}\n```"
+
+
+def _pictures(to: Path) -> dict[Path, Path]:
+    """Figures of the evidence, by where they go; only those a page shows."""
+    from pondera.replications._claims import evidence_folder
+
+    shown = {name for p in catalogue() for r in replicated(p.key) for name in r.get("figures", [])}
+    return {to / name: evidence_folder() / name for name in sorted(shown) if re.fullmatch(r"[\w.-]+", name)}
+
+
+if __name__ == "__main__":
+    print(f"{len(generate(Path(__file__).resolve().parent))} pages")
