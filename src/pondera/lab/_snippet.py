@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pondera.errors import BadInput
-from pondera.lab.recipe import _DOORS, DEFAULT_FACTOR, Choice, Recipe, parse_choice
+from pondera.lab.recipe import _DOORS, DEFAULT_FACTOR, Choice, Recipe, material_of, parse_choice
 from pondera.lab.train import START_BATCH, WARM_UP
 
 EACH_LAYER = "    if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):"
@@ -59,7 +59,10 @@ def snippet(recipe: Recipe, rate: float, *, steps: int, optim: str = "AdamW", sc
 
 def _batch_note(choices: list[Choice]) -> list[str]:
     looking = any("batch" in inspect.signature(c.resolve()).parameters for c in choices)
-    return [f"# batch: the inputs of some {START_BATCH} training examples"] if looking else []
+    notes = [f"# batch: the inputs of some {START_BATCH} training examples"] if looking else []
+    needed = list(dict.fromkeys(n for c in choices if c.room == "init" for n in material_of(c)))
+    said = {"examples": "examples: the training data, a tuple of tensors"}
+    return notes + [f"# {said.get(n, f'{n}: what the task gives by its function {n}()')}" for n in needed]
 
 
 def _start(choice: Choice) -> list[str]:
@@ -151,6 +154,8 @@ def _call(choice: Choice, *given: str) -> str:
     if "batch" in takes:
         second = list(takes).index("batch") == 1 and takes["batch"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
         inside.append("batch" if second else "batch=batch")
+    if choice.room == "init" and takes:
+        inside += [f"{n}={n}" for n in material_of(choice) if given[:1] == ("model",)]
     inside += [f"{k}={_literal(v)}" for k, v in choice.args]
     return f"{'.'.join(_address(choice))}({', '.join(inside)})"
 

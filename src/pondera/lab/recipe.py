@@ -144,11 +144,17 @@ class Recipe:
 
     # -- applying it ------------------------------------------------------------------------------------------------
 
-    def start(self, model: nn.Module, batch: Any, generator: torch.Generator) -> nn.Module:
-        """Give `model` its start and its parametrizations, in place. batch: inputs for data-driven starts."""
+    def start(
+        self, model: nn.Module, batch: Any, generator: torch.Generator, material: Callable[[str], Any] | None = None
+    ) -> nn.Module:
+        """Give `model` its start and its parametrizations, in place.
+
+        batch: inputs for data-driven starts. material: gives what else a start must have (a teacher, the signal to
+        fit) by the name of its parameter.
+        """
         init = self.choice("init")
         if init is not None:
-            _call_start(init, model, batch, generator)
+            _call_start(init, model, batch, generator, material)
         held = self.choice("parametrize")
         if held is not None:
             method = held.resolve()
@@ -157,7 +163,7 @@ class Recipe:
                     held_by: Any = method  # a class of modules
                     torch_parametrize.register_parametrization(one.module, one.attribute, held_by(**held.kwargs))
             elif "batch" in inspect.signature(method).parameters:
-                _call_start(held, model, batch, generator)
+                _call_start(held, model, batch, generator, material)
             else:
                 for one in require_owned(model, held.name):
                     if one.attribute == "weight":
@@ -264,10 +270,31 @@ def _resolve(room: str, name: str) -> Callable[..., Any]:
     )
 
 
-def _call_start(choice: Choice, model: nn.Module, batch: Any, generator: torch.Generator) -> None:
+def material_of(choice: Choice) -> list[str]:
+    """What a start must have besides the model, a batch and its arguments: the names of its other required parameters.
+
+    >>> material_of(parse_choice("init", "lsuv"))
+    []
+    """
+    takes = inspect.signature(choice.resolve()).parameters.values()
+    needed = [p.name for p in takes if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return [n for n in needed[1:] if n not in ("batch", "generator", *choice.kwargs)]  # the first is the model
+
+
+def _call_start(
+    choice: Choice,
+    model: nn.Module,
+    batch: Any,
+    generator: torch.Generator,
+    material: Callable[[str], Any] | None = None,
+) -> None:
     method = choice.resolve()
     takes = inspect.signature(method).parameters
     extra: dict[str, Any] = {}
+    for name in material_of(choice):
+        if material is None:
+            raise BadInput(f"{choice.room}={choice.name} needs {name}, which is not given")
+        extra[name] = material(name)
     if "batch" in takes:
         extra["batch"] = batch
     if "generator" in takes:

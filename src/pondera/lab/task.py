@@ -98,6 +98,15 @@ class Task:
         """What the model's forward takes: the first tensor of a batch unless the task says otherwise."""
         return self._call("inputs", batch) if hasattr(self.module, "inputs") else batch[0]
 
+    def material(self, name: str) -> Any:
+        """What a start must have besides a batch: what the task's function of that name gives.
+
+        Raises: BadInput: when the task has no such function, or it raises.
+        """
+        if not callable(getattr(self.module, name, None)):
+            raise BadInput(f"the start needs {name}, and the task {self.name} has no function {name}() to give it")
+        return self._call(name)
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         if hasattr(self.module, "loss"):
             return self.module.loss(model, batch)

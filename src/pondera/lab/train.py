@@ -106,7 +106,7 @@ def prepare(task: Task, recipe: Recipe, seed: int, fit: Batch, device: str = "cp
     first = next(batches(fit, START_BATCH, stream(seed, "data")))
     inputs = task.inputs(tuple(t.to(device) for t in first))
     generator = torch.Generator(device).manual_seed(stream(seed, f"start{recipe.salt or ''}"))
-    recipe.start(model, inputs, generator)
+    recipe.start(model, inputs, generator, lambda name: fit if name == "examples" else task.material(name))
     torch.manual_seed(stream(seed, f"training{recipe.salt or ''}"))  # dropout and the like
     return model
 
@@ -182,7 +182,7 @@ def schedule(step: int, steps: int) -> float:
     """Share of the learning rate at 1-based `step`: linear warm-up over 5% of the steps, then cosine to zero.
 
     >>> [round(schedule(s, 100), 3) for s in (1, 5, 52, 100)]
-    [0.2, 1.0, 0.517, 0.001]
+    [0.2, 1.0, 0.516, 0.0]
     """
     warm = max(1, round(WARM_UP * steps))
     if step <= warm:
