@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -138,6 +139,7 @@ class Ray:
         self._ray = ray
         self._mine = not ray.is_initialized()
         if self._mine:
+            _require_listening(address)
             try:
                 ray.init(address=address, log_to_driver=False, logging_level="ERROR")
             except Exception as error:
@@ -175,6 +177,17 @@ class Ray:
             self._ray.cancel(reference, force=True)
         if self._mine:
             self._ray.shutdown()
+
+
+def _require_listening(address: str) -> None:
+    """BadInput when nothing answers at a "host:port" (ray itself would try for minutes); other addresses are ray's to judge."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise BadInput(f"no Ray cluster answers at {address!r}: {error}") from None
 
 
 def executor(workers: int, *, ray: str | None, threads: int, device: str) -> Executor:
