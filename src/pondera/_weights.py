@@ -1,7 +1,7 @@
 """Which weights a method owns: the one rule every room follows, and one layout to read and write them in.
 
 Owned are the weights of linear and convolution layers (also transposed and grouped), the projections of
-`nn.MultiheadAttention` and the `Conv1D` of GPT-2. Not owned: norm layers, embeddings, biases (a method says what it
+`nn.MultiheadAttention`, the `Conv1D` of GPT-2 and the `Linear` inside PyTorch Geometric's convolutions. Not owned: norm layers, embeddings, biases (a method says what it
 does with them), a weight tied to an embedding, bare parameters. A weight shared by two layers comes once, under the
 first name. Under `torch.nn.utils.parametrize` the effective weight is read, and written through `right_inverse`.
 """
@@ -89,14 +89,19 @@ def is_gpt_conv1d(module: nn.Module) -> bool:
     return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
 
 
+def is_graph_linear(module: nn.Module) -> bool:
+    """PyTorch Geometric's own linear layer, which its convolutions are made of; weight (out, in) like torch's."""
+    return any(c.__name__ == "Linear" and c.__module__.startswith("torch_geometric.") for c in type(module).__mro__)
+
+
 def owned(model: nn.Module) -> Iterator[Owned]:
     """The weights a method owns in `model`, in the order the layers were registered (see this module's rule)."""
     tied = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     for prefix, module in model.named_modules():
         dot = f"{prefix}." if prefix else ""
         for one in _of_layer(dot, module):
-            held = getattr(module, one.attribute)
-            key = id(module) if parametrize.is_parametrized(module, one.attribute) else id(held)
+            # a parametrized weight is not read here: reading one under spectral norm in training mode moves its buffers
+            key = id(module if parametrize.is_parametrized(module, one.attribute) else getattr(module, one.attribute))
             if one.rows is None or one.rows.start == 0:
                 if key in tied:
                     continue
@@ -115,7 +120,7 @@ def _of_layer(dot: str, module: nn.Module) -> Iterator[Owned]:
         else:
             for part in "qkv":
                 yield Owned(f"{dot}{part}_proj_weight", module, f"{part}_proj_weight", "attention", None, "none")
-    elif isinstance(module, nn.Linear) or is_gpt_conv1d(module):
+    elif isinstance(module, nn.Linear) or is_gpt_conv1d(module) or is_graph_linear(module):
         yield Owned(f"{dot}weight", module, "weight", "linear")
     elif isinstance(module, TRANSPOSED):
         yield Owned(f"{dot}weight", module, "weight", "conv_transpose")
@@ -133,8 +138,16 @@ def require_owned(target: nn.Module, who: str) -> list[Owned]:
             f"{who} found no weight it owns in {type(target).__name__}: it needs a linear, convolution or attention layer"
         )
     for one in found:
-        require_float(getattr(one.module, one.attribute), who, f"weight {one.name}")
+        for held in _held(one):
+            require_float(held, who, f"weight {one.name}")
     return found
+
+
+def _held(one: Owned) -> list[Tensor]:
+    """The tensors a weight is kept in: itself, or the originals of its parametrization."""
+    if not parametrize.is_parametrized(one.module, one.attribute):
+        return [getattr(one.module, one.attribute)]
+    return list(one.module.parametrizations[one.attribute].parameters(recurse=False))  # type: ignore[index,union-attr]
 
 
 @torch.no_grad()

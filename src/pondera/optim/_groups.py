@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from pondera._weights import is_gpt_conv1d, owned
+from pondera._weights import is_gpt_conv1d, is_graph_linear, owned
 from pondera.errors import BadInput, nearest, require_matrix
 
 VECTOR_RATE_RATIO = 0.015  # 3e-4 for AdamW over 0.02 for matrices: the defaults of NorMuon's and Muon's reference code
@@ -67,7 +67,8 @@ def _head(model: nn.Module, head: str | None) -> nn.Module | None:
     if head is None:
         return None
     if head == "last":
-        linear = [m for m in model.modules() if isinstance(m, nn.Linear) or is_gpt_conv1d(m)]
+        kinds = (is_gpt_conv1d, is_graph_linear)
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear) or any(k(m) for k in kinds)]
         return linear[-1] if linear else None
     layers = dict(model.named_modules())
     if head not in layers:
