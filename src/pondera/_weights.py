@@ -1,9 +1,10 @@
 """Which weights a method owns: the one rule every room follows, and one layout to read and write them in.
 
 Owned are the weights of linear and convolution layers (also transposed and grouped), the projections of
-`nn.MultiheadAttention`, the `Conv1D` of GPT-2 and the `Linear` inside PyTorch Geometric's convolutions. Not owned: norm layers, embeddings, biases (a method says what it
-does with them), a weight tied to an embedding, bare parameters. A weight shared by two layers comes once, under the
-first name. Under `torch.nn.utils.parametrize` the effective weight is read, and written through `right_inverse`.
+`nn.MultiheadAttention`, the `Conv1D` of GPT-2 and the `Linear` inside PyTorch Geometric's convolutions. Not owned: norm
+layers, embeddings, biases (a method says what it does with them), a weight tied to an embedding, bare parameters. A
+weight shared by two layers comes once, under the first name. Under `torch.nn.utils.parametrize` the effective weight is
+read, and written through `right_inverse`.
 """
 
 from collections.abc import Callable, Iterator
