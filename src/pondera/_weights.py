@@ -7,8 +7,10 @@ weight shared by two layers comes once, under the first name. Under `torch.nn.ut
 read, and written through `right_inverse`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from tempfile import SpooledTemporaryFile
 from typing import TypeVar
 
 import torch
@@ -21,6 +23,7 @@ from pondera.errors import BadInput, require_float, require_matrix
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Target = TypeVar("Target", Tensor, nn.Module)
+IN_MEMORY = 64 * 2**20  # bytes of a backup beyond which it waits on disk
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,28 @@ def _held(one: Owned) -> list[Tensor]:
     if not parametrize.is_parametrized(one.module, one.attribute):
         return [getattr(one.module, one.attribute)]
     return list(one.module.parametrizations[one.attribute].parameters(recurse=False))  # type: ignore[index,union-attr]
+
+
+@contextmanager
+def restored_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put the parameters and buffers of `modules` back as they were when the block fails, however it fails.
+
+    Up to 64 MB the copy is held in memory, beyond that in a temporary file: a start must not need a model twice.
+    """
+    tensors = list({id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}.values())
+    with SpooledTemporaryFile(IN_MEMORY) as kept:
+        for t in tensors:
+            kept.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        try:
+            yield
+        except BaseException:
+            kept.seek(0)
+            with torch.no_grad():
+                for t in tensors:
+                    if t.numel():
+                        old = torch.frombuffer(bytearray(kept.read(t.numel() * t.element_size())), dtype=t.dtype)
+                        t.copy_(old.view(t.shape))
+            raise
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from pondera._weights import Owned, require_owned, start_each
+from pondera._weights import Owned, require_owned, restored_on_error, start_each
 from pondera.errors import BadInput, describe
 from pondera.linalg import haar
 
@@ -76,19 +76,13 @@ def lsuv_(
         raise BadInput(f"lsuv_ needs tol above 0 and max_tries of at least 1, got {tol} and {max_tries}")
     weights = require_owned(model, "lsuv_")
     args, kwargs = _arguments(batch)
-    layers = dict.fromkeys(one.module for one in weights)
-    saved = [(t, t.clone()) for m in layers for t in (*m.parameters(), *m.buffers())]
-    try:
+    with restored_on_error(dict.fromkeys(one.module for one in weights)):
         if orthonormal:
             start_each(model, lambda w: w.copy_(_orthonormal(w, generator)), who="lsuv_")
         else:
             weights = [one for one in weights if one.read().any()]
         with _in_eval_mode(model):
             _normalise(model, args, kwargs, _sites(model, weights), tol, max_tries)
-    except BaseException:
-        for tensor, old in saved:
-            tensor.copy_(old)
-        raise
     return model
 
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from pondera._weights import require_owned
+from pondera._weights import require_owned, restored_on_error
 from pondera.errors import BadInput, nearest, require_matrix
 from pondera.linalg import hadamard
 
@@ -68,9 +68,7 @@ def _start(model: nn.Module, last: set[str]) -> None:
     for name in sorted(last):
         if name not in layers:
             raise BadInput(f"zero_ found no linear or convolution layer {name!r} to set to zero{nearest(name, layers)}")
-    modules = dict.fromkeys(one.module for one in weights)
-    saved = [(t, t.clone()) for m in modules for t in (*m.parameters(), *m.buffers())]
-    try:
+    with restored_on_error(dict.fromkeys(one.module for one in weights)):
         for one in weights:
             new = torch.zeros_like(one.read())
             if one.kind == "attention" or one.name.rpartition(".")[0] not in last:
@@ -80,10 +78,6 @@ def _start(model: nn.Module, last: set[str]) -> None:
             if not torch.allclose(one.read(), new, atol=torch.finfo(new.dtype).eps ** 0.5):
                 raise BadInput(f"zero_ cannot start {one.name}: its parametrization cannot hold the weight it is given")
             one.fill_bias(0.0)
-    except BaseException:
-        for tensor, old in saved:
-            tensor.copy_(old)
-        raise
 
 
 def _fill(w: Float[Tensor, "m n *kernel"]) -> Float[Tensor, "m n *kernel"]:
