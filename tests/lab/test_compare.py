@@ -11,7 +11,7 @@ from pondera.lab import Recipe, compare, load_task
 from pondera.lab._compare import Plan, _kept, halving
 from pondera.lab.stats import difference, interval
 from pondera.lab.task import batches
-from pondera.lab.train import RunSpec, run, schedule, stream
+from pondera.lab.train import RunSpec, prepare, run, schedule, stream
 
 QUICK = {"store": "sqlite://", "workers": 1, "progress": False}
 
@@ -249,6 +249,33 @@ def test_penalty_factor_and_parametrize_reach_the_run(tiny):
     )
     assert table.rows[2].scores == table.rows[0].scores
     assert [c[-1][3] for c in table.rows[1].curves] != [c[-1][3] for c in table.rows[0].curves]
+
+
+def test_a_start_asks_the_task_for_what_it_needs(tmp_path):
+    """`copy_(model, teacher)` gets `teacher()` of the task file; `examples` are the training data of the run."""
+    (tmp_path / "starts_of_mine.py").write_text(
+        "import torch\nseen = []\n"
+        "def copy_(model, teacher, *, generator=None):\n    model.load_state_dict(teacher.state_dict()); return model\n"
+        "def look_(model, examples, *, generator=None):\n    seen.append(examples); return model\n"
+    )
+    extra = "def teacher():\n    m = nn.Linear(4, 2); nn.init.zeros_(m.weight); nn.init.zeros_(m.bias); return m"
+    path = write_task(tmp_path, extra=extra)
+    import sys
+
+    sys.path.insert(0, str(tmp_path))
+    try:
+        task = load_task(path)
+        model = prepare(task, Recipe(init="starts_of_mine:copy_"), 0, task.split("final")[0])
+        assert not any(p.any() for p in model.parameters())
+        prepare(task, Recipe(init="starts_of_mine:look_"), 0, task.split("final")[0])
+        import starts_of_mine
+
+        (examples,) = starts_of_mine.seen
+        assert [t.shape for t in examples] == [(30, 4), (30,)]
+        with pytest.raises(BadInput, match="the start needs teacher, and the task tiny has no function teacher\\(\\)"):
+            compare(Path(__file__).with_name("tiny.py"), ["", "init=starts_of_mine:copy_"], **QUICK)
+    finally:
+        sys.path.remove(str(tmp_path))
 
 
 # -- bad input: one sentence each ---------------------------------------------------------------------------------------
