@@ -9,12 +9,24 @@ torch.Size([3])
 
 from pondera.probe.depth_fluctuations import DepthFluctuations, depth_fluctuations
 from pondera.probe.initial_guessing_bias import GuessingLaw, InitialGuessingBias, initial_guessing_bias, predicted_bias
+from pondera.probe.neural_collapse import (
+    DeepLinearGeometry,
+    NeuralCollapse,
+    deep_linear_geometry,
+    frame_distance,
+    neural_collapse,
+)
 
 __all__ = [
+    "DeepLinearGeometry",
     "DepthFluctuations",
     "GuessingLaw",
     "InitialGuessingBias",
+    "NeuralCollapse",
+    "deep_linear_geometry",
     "depth_fluctuations",
+    "frame_distance",
     "initial_guessing_bias",
+    "neural_collapse",
     "predicted_bias",
 ]
