@@ -16,16 +16,19 @@ from pondera.probe.neural_collapse import (
     frame_distance,
     neural_collapse,
 )
+from pondera.probe.neural_redshift import FunctionComplexity, function_complexity
 
 __all__ = [
     "DeepLinearGeometry",
     "DepthFluctuations",
+    "FunctionComplexity",
     "GuessingLaw",
     "InitialGuessingBias",
     "NeuralCollapse",
     "deep_linear_geometry",
     "depth_fluctuations",
     "frame_distance",
+    "function_complexity",
     "initial_guessing_bias",
     "neural_collapse",
     "predicted_bias",
