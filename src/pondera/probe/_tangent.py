@@ -1,0 +1,291 @@
+"""Gradients of a model's outputs in its trainable parameters, one example at a time, and their inner products.
+
+With theta the parameters that require a gradient and f(x_i) the outputs of example i, flattened, a tangent is a row
+
+    g_ir = u_ir^T df(x_i)/dtheta
+
+for a direction u_ir in output space: a unit vector gives a row of the Jacobian, a constant vector the gradient of the sum
+of logits. `gram` multiplies such rows block by block; no more than two blocks of them are in memory at any time.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pondera.errors import BadInput, describe, require_finite
+from pondera.probe._untouched import arguments, in_words, run, scores
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLOCK = 2**25  # numbers in one block of tangents (128 MiB in float32)
+AT_ONCE = 2**22  # numbers in the tangents of one vectorised call
+MANY = 256  # tangents in one such call at most, since it holds the activations of all of them
+Leaves = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class TangentKernel:
+    """Inner products of the gradients of a model's outputs, example by example.
+
+    Attributes:
+        kernel: (N, N2), or (N, N2, C, C) when it holds every pair of outputs.
+        outputs: of the model on the first batch, flattened by example.
+        parameters: number of trainable parameters.
+        square: whether both batches are the same one, so that the kernel is symmetric and has eigenvalues.
+    """
+
+    kernel: Float[Tensor, "n n2 *c_c"]
+    outputs: Float[Tensor, "n c"]
+    parameters: int
+    square: bool
+
+    @cached_property
+    def eigenvalues(self) -> Float[Tensor, "rows"]:
+        """Of the kernel as one symmetric matrix, largest first; empty for two different batches."""
+        if not self.square:
+            return self.kernel.new_zeros(0)
+        return torch.linalg.eigvalsh(as_one(self.kernel).double()).flip(0).clamp_min(0)
+
+    def summary(self) -> str:
+        """The finding in plain words."""
+        n, n2 = self.kernel.shape[:2]
+        of = f"{n} examples" if self.square else f"{n} by {n2} examples"
+        outputs = f" and {self.kernel.shape[2]} outputs" if self.kernel.ndim == 4 else ""
+        head = f"Tangent kernel of {of}{outputs}, {self.parameters:,} trainable parameters."
+        if not self.square:
+            return f"{head} Entries from {self.kernel.min():.3g} to {self.kernel.max():.3g}."
+        w = self.eigenvalues
+        if not w[0] > 0:
+            return f"{head} It is zero: no output depends on a trainable parameter."
+        rank = w.sum().square() / w.square().sum()
+        return (
+            f"{head} Largest eigenvalue {w[0]:.3g} ({w[0] / w.sum():.0%} of the trace), median {w.median():.3g}; "
+            f"effective rank {rank:.1f} of {len(w)}. Gradient flow learns the leading component first, "
+            f"{_times(w[0], w.median())} as fast as the median one."
+        )
+
+    def plot(self) -> "Figure":
+        """The spectrum and the kernel, averaged over outputs (a matplotlib figure)."""
+        from matplotlib.figure import Figure
+
+        fig = Figure(figsize=(9, 3.6) if self.square else (5, 3.6), layout="constrained")
+        panels = fig.subplots(1, 1 + self.square, squeeze=False)[0]
+        if self.square:
+            w = self.eigenvalues.cpu()
+            shown = w[w > 1e-12 * w[:1]]
+            panels[0].loglog(range(1, len(shown) + 1), shown.tolist(), "o-", ms=3, color="#4477aa")
+            panels[0].set(xlabel="component", ylabel="eigenvalue", title=f"{len(shown)} of {len(w)} above rounding")
+        pairs = self.kernel.ndim == 4
+        k = self.kernel.diagonal(dim1=2, dim2=3).mean(-1) if pairs else self.kernel
+        picture = panels[-1].imshow(k.cpu().float().numpy(), aspect="auto", cmap="viridis")
+        fig.colorbar(picture, ax=panels[-1], label="kernel, mean over outputs" if pairs else "kernel")
+        panels[-1].set(xlabel="example", ylabel="example")
+        return fig
+
+
+def _times(a: Tensor, b: Tensor) -> str:
+    return f"{a / b:.3g} times" if b > 1e-12 * a else "more than 1e12 times"
+
+
+def as_one(kernel: Float[Tensor, "n n2 *c_c"]) -> Float[Tensor, "rows columns"]:
+    """A kernel (N, N2, C, C) as the matrix (N C, N2 C), examples major; one of (N, N2) as it is."""
+    return kernel.transpose(1, 2).flatten(2, 3).flatten(0, 1) if kernel.ndim == 4 else kernel
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A batch ready to be taken apart: its tensors, a way to run the model on some of its examples, the scores."""
+
+    leaves: Leaves
+    call: Callable[[Callable[..., Any], Leaves], Any]
+    scores: Float[Tensor, "n *outputs"]
+
+    @property
+    def out(self) -> Float[Tensor, "n outputs"]:
+        """The scores, flattened by example."""
+        return self.scores.reshape(len(self.scores), -1)
+
+    def empty(self, *shape: int) -> Tensor:
+        """Room for numbers in float32, or better where the scores are."""
+        return self.scores.new_empty(shape, dtype=torch.promote_types(self.scores.dtype, torch.float32))
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+def trainable(model: nn.Module, who: str) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, each once; BadInput where there is none or one holds NaN."""
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+    if not found:
+        raise BadInput(f"{who} needs a model with parameters that require a gradient, and found none")
+    for name, p in found.items():
+        require_finite(p.detach(), who, name)
+    return found
+
+
+def look(model: nn.Module, batch: Any, who: str) -> Seen:
+    """Run `model` on `batch` once and check that both have the same examples on their first axis."""
+    args, kwargs = arguments(batch, who)
+    given = (*args, *kwargs.values())
+    places = [i for i, t in enumerate(given) if isinstance(t, Tensor)]
+    leaves = tuple(given[i] for i in places)
+    sizes = {t.shape[0] if t.ndim else None for t in leaves}
+    if len(sizes) > 1 or None in sizes:
+        raise BadInput(
+            f"{who} needs the examples on the first axis of every tensor of its batch, got "
+            + " and ".join(describe(t) for t in leaves)
+        )
+
+    def call(f: Callable[..., Any], some: Leaves) -> Any:
+        full = list(given)
+        for i, t in zip(places, some, strict=True):
+            full[i] = t
+        return f(*full[: len(args)], **dict(zip(kwargs, full[len(args) :], strict=True)))
+
+    with torch.no_grad():
+        out = require_finite(scores(run(model, batch, who), who), who, "model's output")
+    if not out.ndim or len(out) != len(leaves[0]) or not out.numel():
+        raise BadInput(
+            f"{who} needs one row of outputs an example, got a {describe(out)} for {len(leaves[0])} examples"
+        )
+    return Seen(leaves, call, out)
+
+
+def gram(
+    model: nn.Module,
+    first: Seen,
+    u: Float[Tensor, "n r outputs"],
+    second: Seen | None,
+    v: Float[Tensor, "n2 r outputs"] | None,
+    who: str,
+    *,
+    block: int = BLOCK,
+) -> Float[Tensor, "n n2 r r"]:
+    """Inner products g_ir . g_js of the tangents of two batches, in float32 or better; `second` None: of one batch.
+
+    Block by block: the rows of a block are computed again for each block they meet, so memory holds two blocks and the
+    result. When all rows fit into one block they are computed once.
+    """
+    params = trainable(model, who)
+    size = sum(p.numel() for p in params.values())
+    other, w = (first, u) if second is None or v is None else (second, v)
+    rows, columns = (list(_blocks(len(s), d.shape[1], size, block)) for s, d in ((first, u), (other, w)))
+    kernel = first.empty(len(first), len(other), u.shape[1], w.shape[1])
+    for a, (i, r) in enumerate(rows):
+        left = tangents(model, params, first, i, u[i, r], who)
+        for b, (j, s) in enumerate(columns):
+            if second is None and b < a:
+                continue
+            right = left if second is None and a == b else tangents(model, params, other, j, w[j, s], who)
+            found = (left.flatten(0, 1) @ right.flatten(0, 1).mT).view(*left.shape[:2], *right.shape[:2])
+            kernel[i, j, r, s] = found.transpose(1, 2)
+            if second is None and a != b:
+                kernel[j, i, s, r] = found.permute(2, 0, 3, 1)
+    return require_finite(kernel, who, "kernel")
+
+
+def _blocks(n: int, r: int, size: int, block: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of examples and of directions, so that each pair of slices has at most `block` numbers or is one row."""
+    many = max(1, block // size)
+    examples, directions = max(1, many // r), min(r, many)
+    cut = (
+        [slice(k, min(k + step, end)) for k in range(0, end, step)] for end, step in ((n, examples), (r, directions))
+    )
+    yield from product(*cut)
+
+
+def tangents(
+    model: nn.Module, params: dict[str, nn.Parameter], seen: Seen, at: slice, u: Float[Tensor, "n r outputs"], who: str
+) -> Float[Tensor, "n r size"]:
+    """The rows u_ir^T df(x_i)/dtheta of the examples `at`, in float32 or better: vectorised, or one by one where a model
+    does not allow that.
+
+    Raises: BadInput: where an example's outputs differ from those it has in the whole batch.
+    """
+    size = sum(p.numel() for p in params.values())
+    rows = seen.empty(len(u), u.shape[1], size)
+    step = max(1, min(MANY, AT_ONCE // size) // u.shape[1])
+    for k in range(0, len(u), step):
+        some = slice(at.start + k, min(at.start + k + step, at.stop))
+        leaves, directions = tuple(t[some] for t in seen.leaves), u[k : k + step]
+        into = rows[k : k + step]
+        try:
+            out = _vectorised(model, params, seen, leaves, directions, into, who)
+        except (BadInput, torch.OutOfMemoryError):
+            raise
+        except Exception:  # no batching rule, data-dependent control flow, autograd functions of the old style, ...
+            with in_words(leaves, who, "differentiate the model"):
+                out = _one_by_one(model, params, seen, leaves, directions, into, who)
+        apart = (out - seen.out[some]).abs().max()
+        if not apart <= torch.finfo(out.dtype).eps ** 0.5 * seen.out.abs().max():
+            raise BadInput(
+                f"{who} needs outputs that depend on their own example alone, but alone an example's differ by "
+                f"{apart:.3g} from those in the batch (batch statistics, or outputs at random)"
+            )
+    return rows
+
+
+def _vectorised(
+    model: nn.Module,
+    params: dict[str, nn.Parameter],
+    seen: Seen,
+    leaves: Leaves,
+    u: Float[Tensor, "n r outputs"],
+    into: Float[Tensor, "n r size"],
+    who: str,
+) -> Float[Tensor, "n outputs"]:
+    """Write the rows of these examples, all at once; their outputs."""
+
+    def outputs(p: dict[str, Tensor], example: Leaves) -> Tensor:
+        whole = seen.call(lambda *a, **k: functional_call(model, p, a, k), tuple(t.unsqueeze(0) for t in example))
+        return scores(whole, who).flatten()
+
+    def one(example: Leaves, directions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        out, pull = vjp(lambda p: outputs(p, example), {name: p.detach() for name, p in params.items()})
+        (g,) = vmap(pull, chunk_size=MANY)(directions)
+        return out, g
+
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):  # the fused attention has no batching rule
+        warnings.filterwarnings("ignore", "There is a performance drop")  # such operations run one by one, no harm done
+        out, g = vmap(one)(leaves, u)
+    start = 0
+    for name, p in params.items():
+        into[:, :, start : start + p.numel()] = g[name].detach().flatten(2)
+        start += p.numel()
+    return out.detach()
+
+
+def _one_by_one(
+    model: nn.Module,
+    params: dict[str, nn.Parameter],
+    seen: Seen,
+    leaves: Leaves,
+    u: Float[Tensor, "n r outputs"],
+    into: Float[Tensor, "n r size"],
+    who: str,
+) -> Float[Tensor, "n outputs"]:
+    """The same by plain backward passes, the model called as it is."""
+    outs, targets = [], list(params.values())
+    with torch.enable_grad():
+        for k, directions in enumerate(u):
+            out = scores(seen.call(model, tuple(t[k : k + 1] for t in leaves)), who).flatten()
+            outs.append(out.detach())
+            for row, d in zip(into[k], directions, strict=True):
+                g: tuple[Tensor | None, ...] = (None,) * len(targets)
+                if out.requires_grad:
+                    g = torch.autograd.grad(out, targets, d, retain_graph=True, allow_unused=True)
+                start = 0
+                for t, p in zip(g, targets, strict=True):
+                    row[start : start + p.numel()] = 0 if t is None else t.detach().flatten()
+                    start += p.numel()
+    return torch.stack(outs)
