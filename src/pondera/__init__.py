@@ -1,8 +1,9 @@
 """pondera: one home for the weights of neural networks and of data.
 
 The rooms load when first used: ``pondera.init`` (where weights start), ``pondera.parametrize`` (how they are held),
-``pondera.penalties`` (what pulls on them), ``pondera.optim`` (how they move), ``pondera.probe`` (how they are looked
-at), ``pondera.lab`` (fair comparisons), ``pondera.papers`` (the catalogue), ``pondera.replications`` (claims re-run).
+``pondera.nn`` (layers that hold them so), ``pondera.penalties`` (what pulls on them), ``pondera.optim`` (how they
+move), ``pondera.probe`` (how they are looked at), ``pondera.lab`` (fair comparisons), ``pondera.papers`` (the
+catalogue), ``pondera.replications`` (claims re-run).
 
 >>> import pondera
 >>> "lsuv_" in dir(pondera.init)
@@ -14,7 +15,7 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_DOORS = ("init", "lab", "linalg", "optim", "papers", "parametrize", "penalties", "probe", "replications")
+_DOORS = ("init", "lab", "linalg", "nn", "optim", "papers", "parametrize", "penalties", "probe", "replications")
 __all__ = [*_DOORS, "__version__"]
 
 

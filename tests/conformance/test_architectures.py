@@ -16,7 +16,9 @@ pytest.importorskip("torch_geometric")
 
 MAY_REFUSE = {  # what a start cannot do by its nature; everything else must work
     ("convolution_aware_", "gpt2"), ("convolution_aware_", "bert"), ("convolution_aware_", "graph"),
-    ("lsuv_", "parametrized"),
+    ("lsuv_", "parametrized"), ("ibp_", "parametrized"),  # spectral norm sets its own scale
+    ("layer_index_rescale_", "plain"), ("layer_index_rescale_", "graph"),  # no blocks to count
+    ("layer_index_rescale_", "resnet"),  # two stacks: one must be named
 }  # fmt: skip
 
 

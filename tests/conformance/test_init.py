@@ -11,9 +11,13 @@ from pondera._weights import owned
 from pondera.errors import BadInput
 
 from .models import MODELS, make, same_state, state
+from .special import SPECIAL, make_special
 
-STARTS = sorted(n for n in pondera.init.__all__ if n.endswith("_"))
-DETERMINISTIC = {"zero_"}  # the paper's point: no draw at all
+EVERY = sorted(n for n in pondera.init.__all__ if n.endswith("_"))
+STARTS = [n for n in EVERY if n not in SPECIAL]  # those any model with linear or convolution layers can be given to
+SPECIALS = [n for n in EVERY if n in SPECIAL]
+DETERMINISTIC = {"zero_", "idinit_"}  # no draw at all, or noise too small for half precision to show
+COPIES_ALL = {"select_from_"}  # the paper's start takes norms, embeddings and biases too
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
@@ -23,8 +27,8 @@ def signature(name):
 
 def arguments(name, *, tensor):
     """A tensor does not say which activation follows it, so starts that must know are told."""
-    needs = "nonlinearity" in signature(name) and (tensor or "nonlinearity")
-    return {"nonlinearity": "tanh"} if needs else {}
+    told = {"nonlinearity": "tanh"} if "nonlinearity" in signature(name) else {}
+    return told | ({"rank": 3} if tensor and name == "maxout_" else {})
 
 
 def start(name, target, batch=None, seed=0, device="cpu"):
@@ -47,14 +51,18 @@ def start_or_refuse(name, model, batch, seed=0):
     return True
 
 
-TENSOR_STARTS = [n for n in STARTS if "batch" not in signature(n)]
+TENSOR_STARTS = [n for n in EVERY if next(iter(signature(n))) == "target"]
 
 
 def test_there_are_starts():
     assert len(STARTS) >= 6
 
 
-@pytest.mark.parametrize("name", STARTS)
+def test_every_special_case_is_a_start():
+    assert set(SPECIAL) <= set(EVERY)
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_signature_and_docstring(name):
     assert "generator" in signature(name)
     doc = inspect.getdoc(getattr(pondera.init, name))
@@ -165,3 +173,67 @@ def test_refuses_tensors_that_are_no_weight(name):
     ):
         with pytest.raises(BadInput):
             start(name, bad)
+
+
+class BesideNorms(nn.Module):
+    """A model with a norm layer and an embedding that no start may touch."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.extra = model, nn.ModuleList([nn.LayerNorm(3), nn.Embedding(4, 2)])
+        self.extra[0].weight.data.fill_(1.5)
+
+    def forward(self, *args):
+        return self.model(*args)
+
+
+# -- starts that need a teacher, a signal, a graph ... ------------------------------------------------------------------
+
+
+def start_special(name, seed=0, drawn=0, model=None):
+    built, kwargs, batch = make_special(name, seed)
+    model = built if model is None else model
+    before = torch.get_rng_state()
+    given = getattr(pondera.init, name)(model, generator=torch.Generator().manual_seed(drawn), **kwargs)
+    assert given is model
+    assert torch.equal(before, torch.get_rng_state()), "global random state must be left alone"
+    return model, batch
+
+
+@pytest.mark.parametrize("name", SPECIALS)
+def test_special_starts_something_and_leaves_the_rest(name):
+    model, _, _ = make_special(name)
+    if name not in COPIES_ALL:
+        model = BesideNorms(model)
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    _, batch = start_special(name, model=model)
+    now = model.state_dict()
+    assert any(not torch.equal(now[k], before[k]) for k in before), "a start must start something"
+    assert all(torch.equal(now[k], before[k]) for k in before if k.startswith("extra."))
+    assert all(m.training for m in model.modules()), "mode must be restored"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), "hooks must be removed"
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    out = model(*batch) if isinstance(batch, tuple) else model(batch)
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("name", SPECIALS)
+def test_special_same_generator_same_model(name):
+    (a, _), (b, _), (c, _) = (start_special(name, drawn=g) for g in (0, 0, 1))
+    assert same_state(state(a), state(b))
+    assert not same_state(state(a), state(c))
+
+
+@pytest.mark.parametrize("name", SPECIALS)
+def test_special_refuses_in_one_sentence_and_leaves_the_model(name):
+    _, kwargs, _ = make_special(name)
+    with torch.device("meta"):
+        meta, _, _ = make_special(name)
+    for target in (nn.LayerNorm(3), meta, "a string"):
+        before = state(target) if isinstance(target, nn.LayerNorm) else None
+        with pytest.raises(BadInput) as caught:
+            getattr(pondera.init, name)(target, **kwargs)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) > 20
+        assert before is None or same_state(before, state(target))

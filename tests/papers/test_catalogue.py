@@ -11,7 +11,7 @@ from pondera.papers import catalogue, paper, status
 from pondera.replications import evidence, keys
 from pondera.replications._claims import evidence_folder
 
-ROOMS = ("init", "parametrize", "penalties", "optim", "probe")
+ROOMS = ("init", "parametrize", "nn", "penalties", "optim", "probe")
 
 
 def test_all_rows_are_there_and_whole():
