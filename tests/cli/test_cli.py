@@ -54,10 +54,44 @@ def test_failed_recipe_sets_the_exit_status(tmp_path):
 
 
 def test_inspect():
-    result = pondera("inspect", "deep")
+    result = pondera("inspect", "deep", "--seconds", "0")
     assert result.returncode == 0, result.stderr
     assert "lsuv" in result.stdout
-    assert json.loads(pondera("inspect", "digits", "--init", "lsuv", "--json").stdout)
+    assert json.loads(pondera("inspect", "digits", "--init", "lsuv", "--json", "--seconds", "0").stdout)
+
+
+def test_inspect_tries_starts_and_writes_a_page(tmp_path):
+    result = pondera("inspect", TINY, "--seconds", "3", "--report", "found.html", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Starts tried on this model" in result.stdout
+    assert (tmp_path / "found.html").read_text().startswith("<!doctype html>")
+    only_looks = json.loads(pondera("inspect", TINY, "--seconds", "0", "--json").stdout)
+    assert only_looks["tried"] is None
+    refused(pondera("inspect", TINY, "--report", "no/such/found.html", cwd=tmp_path), "no/such")
+    refused(pondera("inspect", TINY, "--seconds", "-1"), "--seconds must be at least 0")
+
+
+def test_select(tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    big = torch.randn(4, 6)
+    save_file({"fc.weight": big, "head.weight": torch.randn(3, 4)}, tmp_path / "big.safetensors")
+    save_file({"fc.weight": torch.zeros(2, 3), "head.weight": torch.ones(5, 2)}, tmp_path / "small.safetensors")
+    result = pondera(
+        "select", "big.safetensors", "--like", "small.safetensors", "-o", "start.safetensors", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert "1 of 2 tensors selected" in result.stdout
+    start = load_file(tmp_path / "start.safetensors")
+    assert torch.equal(start["fc.weight"], big[::2, ::2])
+    assert torch.equal(start["head.weight"], torch.ones(5, 2))
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "big.safetensors").read_bytes()[:-10])
+    refused(
+        pondera("select", "cut.safetensors", "--like", "small.safetensors", "-o", "new.safetensors", cwd=tmp_path),
+        "cut.safetensors",
+    )
+    assert not (tmp_path / "new.safetensors").exists()
 
 
 def test_bad_input_is_one_sentence(tmp_path):

@@ -426,8 +426,46 @@ def test_table_json_plot_and_summary():
     assert "pondera.init.lsuv_(model, batch)" in summary
     fig = found.plot()
     assert fig.layout.yaxis.type == "log"
-    assert len(fig.data) == 3
-    assert list(fig.data[0].x) == [str(i) for i in range(13)]
+    assert [d.name for d in fig.data] == ["signal", "gradient"]
+    assert [t.split()[0] for t in fig.data[0].text] == [str(i) for i in range(0, 13, 2)]
+    assert list(fig.data[0].y) == [r.signal for r in found.layers if r.role == "weight"]
+    assert list(found.plot("jacobian").data[0].y) == pytest.approx(found.singular_values.tolist())
+    assert sum(found.plot("ntk").data[0].y) == pytest.approx(1, abs=1e-6)
+    assert sum(found.plot("bias").data[0].y) == pytest.approx(1, abs=1e-6)
+    with pytest.raises(BadInput, match="draws signal, jacobian, ntk, bias, got 'signals'; did you mean signal"):
+        found.plot("signals")
+
+
+def test_tangent_spectrum_is_that_of_the_gradients():
+    """Brute force: the Gram matrix of each example's gradient of the scaled sum of outputs."""
+    net = mlp()
+    x = data()[:32]
+    found = inspect(net, data())
+    rows = []
+    for one in x:
+        net.zero_grad()
+        (net(one.unsqueeze(0)).sum() / 5**0.5).backward()
+        rows.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    g = torch.stack(rows).double()
+    assert found.tangent.tolist() == pytest.approx(
+        torch.linalg.eigvalsh(g @ g.T).flip(0).clamp_min(0).tolist(), rel=1e-3, abs=1e-5
+    )
+    assert inspect(mlp(), data(), tangent=False).tangent is None
+    with pytest.raises(BadInput, match="nothing to draw for 'ntk'"):
+        inspect(mlp(), data(), tangent=False).plot("ntk")
+
+
+def test_page_of_findings(tmp_path):
+    net = _scaled_mlp()
+    path = inspect(net, data(), target=torch.arange(128) % 5).report(tmp_path / "found.html", name="my <net>")
+    text = path.read_text(encoding="utf-8")
+    assert "<h1>my &lt;net&gt;: vanishing signal at 2</h1>" in text
+    assert "http-equiv" in text
+    for key in ("signal", "jacobian", "ntk", "bias"):
+        assert f'class="plot" id="{key}"' in text
+    assert "pondera.init.lsuv_(model, batch)" in text
+    with pytest.raises(BadInput, match="there is no folder"):
+        inspect(net, data()).report(tmp_path / "no" / "found.html")
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

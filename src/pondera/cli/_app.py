@@ -183,13 +183,24 @@ def inspect(
     recipe: Annotated[str, typer.Argument(help='The start to look at: "init=lsuv"; as built by default.')] = "",
     init: Annotated[str | None, typer.Option(help='Short for the recipe "init=NAME".')] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    seconds: Annotated[float, typer.Option(help="Time to try starts on the model; 0 only looks.")] = 40.0,
+    report: Annotated[Path | None, typer.Option(help="Write the findings (one HTML file) here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Look at a model before training: where signal, gradient or class balance is lost, and which starts to try."""
-    from pondera.lab import Recipe, load_task
+    """Look at a model before training: where signal, gradient or class balance is lost, and which start mends it.
+
+    Then every start that fits is tried on this model for a few steps, and they are ranked by what they did.
+    """
+    from pondera.lab import Recipe, load_task, rank_starts
     from pondera.lab import inspect as look
     from pondera.lab.train import START_BATCH, prepare
 
+    if not (seconds >= 0 and math.isfinite(seconds)):
+        raise BadInput(f"--seconds must be at least 0, got {seconds}")
+    if report is not None:
+        from pondera.lab.report import check_path
+
+        check_path(report)
     if init is not None:
         recipe = f"{recipe}+init={init}" if recipe else f"init={init}"
     loaded = load_task(task)
@@ -197,10 +208,55 @@ def inspect(
     model = prepare(loaded, Recipe.parse(recipe), seed, train)
     few = tuple(t[:START_BATCH] for t in train)
     found = look(model, loaded.inputs(few), loss=lambda m, _: loaded.loss(m, few))
-    if as_json:
-        print(json.dumps(found.to_json()))
-    else:
+    if not as_json:
         print(found.summary())
+    ranking = None
+    if seconds:
+        waiting = out.status("") if not as_json and sys.stderr.isatty() else contextlib.nullcontext()
+        with waiting as shown, contextlib.redirect_stdout(sys.stderr):
+            say = (lambda name: shown.update(f"trying {escape(name)}")) if shown is not None else (lambda name: None)
+            ranking = rank_starts(loaded, seconds=seconds, seed=seed, say=say)
+    if report is not None:
+        found.report(report, ranking, loaded.name)
+    if as_json:
+        print(json.dumps(found.to_json() | {"tried": ranking.to_json() if ranking else None}))
+        return
+    if ranking is not None:
+        print(f"\n{ranking.summary()}")
+    if report is not None:
+        out.print(f"report: {report}")
+
+
+# -- starts on files --------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def select(
+    big: Annotated[Path, typer.Argument(help="The large trained model: .safetensors or .safetensors.index.json.")],
+    like: Annotated[Path, typer.Option(help="A file of the small model: its names, shapes and dtypes.")],
+    to: Annotated[Path, typer.Option("-o", "--out", help="The .safetensors file to write.")],
+    method: Annotated[str, typer.Option(help="Which entries: uniform, consecutive or random.")] = "uniform",
+    layers: Annotated[str, typer.Option(help="Which blocks: first or uniform.")] = "first",
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="A name that keeps the small model's own start; repeatable. head by default."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of a random selection.")] = 0,
+) -> None:
+    """Start a small model from a larger trained one of the same family, file to file (weight selection)."""
+    import torch
+
+    from pondera.init import select_file
+
+    generator = torch.Generator().manual_seed(seed)
+    written = select_file(big, like, to, method=method, layers=layers, keep=keep or None, generator=generator)
+    table = Table("tensor", "shape", "from", "its shape", box=None, pad_edge=False)
+    for one in written:
+        shapes = ["x".join(map(str, s)) if s is not None else "" for s in (one.shape, one.big)]
+        table.add_row(escape(one.name), shapes[0], escape(one.source or "kept as in the small model"), shapes[1])
+    out.print(table)
+    taken = sum(one.source is not None for one in written)
+    out.print(f"{taken} of {len(written)} tensors selected; {to} written")
 
 
 # -- replications -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pondera.lab.task import Settings, Task, built_in, load_task
 if TYPE_CHECKING:
     from pondera.lab._compare import Comparison, Row, compare
     from pondera.lab._inspect import Inspection, inspect
+    from pondera.lab._rank import Ranking, rank_starts
     from pondera.lab.stats import Difference, difference
 
 _LATER = {  # heavier parts, loaded when used
@@ -22,6 +23,8 @@ _LATER = {  # heavier parts, loaded when used
     "compare": "_compare",
     "Inspection": "_inspect",
     "inspect": "_inspect",
+    "Ranking": "_rank",
+    "rank_starts": "_rank",
     "Difference": "stats",
     "difference": "stats",
 }
@@ -29,6 +32,7 @@ __all__ = [
     "Comparison",
     "Difference",
     "Inspection",
+    "Ranking",
     "Recipe",
     "Row",
     "Settings",
@@ -38,6 +42,7 @@ __all__ = [
     "difference",
     "inspect",
     "load_task",
+    "rank_starts",
 ]
 
 

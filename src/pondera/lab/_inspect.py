@@ -31,13 +31,17 @@ from torch.nn.utils import parametrize
 
 from pondera._activations import MODULES
 from pondera._weights import CONV, TRANSPOSED, is_gpt_conv1d, owned
-from pondera.errors import BadInput, describe
+from pondera.errors import BadInput, describe, nearest
 from pondera.lab._words import listed
 from pondera.probe._untouched import arguments, in_words, require_model, run, scores, untouched
 from pondera.probe.initial_guessing_bias import InitialGuessingBias, guesses
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from plotly.graph_objects import Figure
+
+    from pondera.lab._rank import Ranking
 
 FORWARD = (1e-2, 1e2)  # of the signal to that where it was last set
 BACKWARD = (1e-3, 1e3)  # of the gradient's variance to that at the last hidden layer
@@ -46,6 +50,11 @@ CONDITION = 1e4  # largest to smallest singular value of the Jacobian
 BIAS = 0.01  # p-value below which guesses are uneven; besides, one class must take half of what is more than its due
 OUTPUTS, PROJECTIONS = 64, 32  # the Jacobian is exact up to so many outputs, projected to so many beyond
 CALLS = 8  # of one module, each a row of its own
+KERNEL = (
+    32,
+    2**26,
+)  # examples of the tangent kernel, and the most gradients' entries it may cost (beyond, it is left out)
+PLOTS = ("signal", "jacobian", "ntk", "bias")
 
 NORMS = (
     nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm,
@@ -153,7 +162,8 @@ class Inspection:
     layers: one entry a call, in the order they ran. loss: the loss, if one was given. singular_values: of the Jacobian
     of the outputs in one example's input (or embedding), descending; None where it cannot be had. projected: whether
     it is of random projections of the outputs. bias: how the classes are guessed; None for outputs that score no
-    classes.
+    classes. tangent: eigenvalues of the pseudo tangent kernel on some examples, descending; None where it cannot be had
+    or the model is too large for it.
     faults: what is wrong, first in forward order. starts: worth trying.
     """
 
@@ -165,6 +175,7 @@ class Inspection:
     faults: tuple[Fault, ...]
     starts: tuple[Start, ...]
     examples: int = 0
+    tangent: Tensor | None = None
 
     @property
     def first(self) -> Fault | None:
@@ -193,6 +204,7 @@ class Inspection:
                 "layers": self.table(),
                 "singular_values": None if self.singular_values is None else self.singular_values.tolist(),
                 "projected": self.projected,
+                "tangent": None if self.tangent is None else self.tangent.tolist(),
                 "condition": self.condition,
                 "bias": bias,
                 "first": asdict(self.first) if self.first else None,
@@ -224,6 +236,12 @@ class Inspection:
                 f"Jacobian of {of} on one example: singular values {s[0]:.3g} to {s[-1]:.3g}, condition "
                 f"{_short(self.condition)}."
             )
+        if self.tangent is not None and self.tangent[0] > 0:
+            w = self.tangent
+            lines.append(
+                f"Tangent kernel on {len(w)} examples: {w[0] / w.sum():.0%} of it along one direction, effective rank "
+                f"{w.sum().square() / w.square().sum():.1f} of {len(w)}; the other directions are learnt slower."
+            )
         if self.bias is not None:
             lines.append(self.bias.summary())
         if not self.faults:
@@ -237,32 +255,36 @@ class Inspection:
                 lines += [f"  {start.name}: {start.why}", *(f"      {line}" for line in start.snippet.splitlines())]
         return "\n".join(lines)
 
-    def plot(self) -> "Figure":
-        """Signal and gradient variance by layer, on a log scale (a plotly figure)."""
+    def plot(self, what: str = "signal") -> "Figure":
+        """One plotly figure: "signal" (by layer, forward and backward), "jacobian", "ntk" (spectra) or "bias" (guesses).
+
+        Raises: BadInput: for another name, or where that was not measured.
+        """
         import plotly.graph_objects as go
 
-        names = [r.layer for r in self.layers]
+        from pondera.lab import _examined
 
-        def positive(values: list[float | None]) -> list[float | None]:
-            return [v if v is not None and v > 0 and math.isfinite(v) else None for v in values]
+        if what not in PLOTS:
+            raise BadInput(f"an inspection draws {', '.join(PLOTS)}, got {what!r}{nearest(what, PLOTS)}")
+        figure = getattr(_examined, what)(self)
+        if figure is None:
+            raise BadInput(f"this inspection has nothing to draw for {what!r}: it was not measured on this model")
+        plain = _examined.without_theme(figure)
+        return go.Figure(data=plain["data"], layout=plain["layout"] | {"template": "simple_white"})
 
-        fig = go.Figure()
-        series = (
-            ("variance of the output", [r.variance for r in self.layers], "solid"),
-            ("signal: over examples", [r.signal for r in self.layers], "dot"),
-            ("variance of the gradient", [r.gradient for r in self.layers], "dash"),
-        )
-        for name, values, dash in series:
-            fig.add_scatter(x=names, y=positive(values), mode="lines+markers", name=name, line={"dash": dash})
-        if self.first is not None and self.first.layer in names:
-            fig.add_vline(x=names.index(self.first.layer), line={"color": "firebrick", "width": 1})
-        fig.update_yaxes(type="log", exponentformat="power", title="variance")
-        fig.update_xaxes(title="layer, in the order they run", type="category")
-        fig.update_layout(title=self.first.words if self.first else "nothing wrong found", template="simple_white")
-        return fig
+    def report(self, path: "str | Path", ranking: "Ranking | None" = None, name: str = "model") -> "Path":
+        """Write everything as one HTML file that opens offline, by atomic rename; with the starts tried, if given.
+
+        Raises: BadInput: if the path is a folder, lies in a folder that does not exist, or cannot be written.
+        """
+        from pondera.lab._examined import write
+
+        return write(self, path, ranking, name)
 
 
-def inspect(model: nn.Module, batch: Any, *, loss: Loss | None = None, target: Tensor | None = None) -> Inspection:
+def inspect(
+    model: nn.Module, batch: Any, *, loss: Loss | None = None, target: Tensor | None = None, tangent: bool = True
+) -> Inspection:
     """Look at `model` on a batch before training it: one forward and one backward pass, and the model is as it was.
 
     Norm layers that use the batch's statistics do so, as in the first step of training; dropout is off. A layer that is
@@ -278,6 +300,7 @@ def inspect(model: nn.Module, batch: Any, *, loss: Loss | None = None, target: T
             "loss" if it has one (Hugging Face models given labels), else the backward signal is that of random
             standard Gaussian gradients at the outputs.
         target: integer classes, or floating-point values of the output's shape.
+        tangent: whether to take the pseudo tangent kernel too, on 32 examples, where the model is small enough for it.
     Returns: an `Inspection`: `.summary()` in words, `.table()` one dict a layer, `.first` the layer where it goes
         wrong, `.starts` those worth trying, `.to_json()`, `.plot()`.
     Raises: BadInput: if the batch is empty, constant, holds NaN or does not fit the model (with what the model said);
@@ -318,6 +341,7 @@ def inspect(model: nn.Module, batch: Any, *, loss: Loss | None = None, target: T
         faults=faults,
         starts=tuple(_starts(model, faults)),
         examples=_examples(batch),
+        tangent=_tangent(model, batch) if tangent else None,
     )
 
 
@@ -489,11 +513,10 @@ def _statistics(y: Tensor, axis: int) -> dict[str, Any]:
     y = y.detach()
     units = y.movedim(axis if y.ndim >= -axis else -1, -1).flatten(0, -2) if y.ndim > 1 else y.reshape(-1, 1)
     units = units if units.dtype == torch.float64 else units.float()
-    finite = bool(torch.isfinite(units).all())
-    if not finite:
+    low, high = units.amin(0), units.amax(0)
+    if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):  # NaN and infinities show in the extremes
         nan = math.nan
         return {"mean": nan, "variance": nan, "signal": nan, "dead": nan, "finite": False, "shape": tuple(y.shape)}
-    low, high = units.amin(0), units.amax(0)
     size = max(float(high.abs().max()), float(low.abs().max())) or 1.0
     variance, mean = torch.var_mean(units / size, dim=0, correction=0)
     still = (high - low) <= 1e-6 * size
@@ -531,9 +554,10 @@ def _row(call: _Call, gradient: Tensor | None) -> Layer:
 def _variance(g: Tensor) -> float:
     """Mean square; NaN if any entry is not finite."""
     g = g.detach() if g.dtype == torch.float64 else g.detach().float()
-    if not bool(torch.isfinite(g).all()):
+    size = float(g.abs().max())
+    if not math.isfinite(size):
         return math.nan
-    size = float(g.abs().max()) or 1.0
+    size = size or 1.0
     return float((g / size).square().mean()) * size * size
 
 
@@ -588,6 +612,30 @@ def _jacobian(model: nn.Module, batch: Any, first: str, sites: dict[nn.Module, s
     except (BadInput, RuntimeError, TypeError, ValueError, IndexError, KeyError, torch.linalg.LinAlgError):
         return None, False  # models of whole graphs or fixed batch sizes have no single example
     return values, projected
+
+
+def _tangent(model: nn.Module, batch: Any) -> Tensor | None:
+    """Eigenvalues of the pseudo tangent kernel on the batch's first examples; None where it cannot be had."""
+    from pondera.probe.pseudo_ntk import pseudo_ntk
+
+    total, (most, entries) = _examples(batch), KERNEL
+    n = min(total, most)
+    if n * sum(p.numel() for p in model.parameters() if p.requires_grad) > entries:
+        return None
+
+    def few(value: Any) -> Any:
+        return value[:n] if isinstance(value, Tensor) and value.ndim and len(value) == total else value
+
+    if isinstance(batch, Tensor):
+        some: Any = few(batch)
+    elif isinstance(batch, (tuple, list)):
+        some = tuple(few(v) for v in batch)
+    else:
+        some = {k: few(v) for k, v in batch.items()}
+    try:
+        return pseudo_ntk(model, some).eigenvalues.cpu()
+    except (BadInput, RuntimeError, torch.linalg.LinAlgError):
+        return None  # models of whole graphs, operations without a vectorised gradient
 
 
 def _examples(batch: Any) -> int:
@@ -753,7 +801,9 @@ def _starts(model: nn.Module, faults: tuple[Fault, ...]) -> Iterator[Start]:
 
 
 def _require_finite_weights(model: nn.Module) -> None:
-    bad = {n: int((~torch.isfinite(p)).sum()) for n, p in model.named_parameters() if p.is_floating_point()}
+    held = {n: p.detach() for n, p in model.named_parameters() if p.is_floating_point() and p.numel()}
+    broken = {n: p for n, p in held.items() if not all(math.isfinite(float(x)) for x in torch.aminmax(p))}
+    bad = {n: int((~torch.isfinite(p)).sum()) for n, p in broken.items()}
     named = [f"{n} ({k} of them)" for n, k in bad.items() if k]
     if named:
         raise BadInput(f"inspect needs weights that are numbers, got NaN or infinite ones in {listed(named[:5])}")

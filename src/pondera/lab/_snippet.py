@@ -57,6 +57,22 @@ def snippet(recipe: Recipe, rate: float, *, steps: int, optim: str = "AdamW", sc
     return "\n".join((["import math", ""] if "math." in body else []) + imports) + f"\n\n{body}"
 
 
+def start_code(recipe: Recipe) -> str:
+    """Python that gives a model the start of `recipe`, and nothing else; empty for a recipe without one.
+
+    >>> print(start_code(Recipe(init="zero")))
+    import pondera.init
+    <BLANKLINE>
+    pondera.init.zero_(model)
+    """
+    start = recipe.choice("init")
+    if start is None:
+        return ""
+    module, lines = _address(start)[0], [*_batch_note([start]), *_start(start)]
+    head = "from torch import nn" if module.startswith("torch.") else f"import {module}"
+    return "\n".join([head, "", *lines]).replace("torch.nn.", "nn.")
+
+
 def _batch_note(choices: list[Choice]) -> list[str]:
     looking = any("batch" in inspect.signature(c.resolve()).parameters for c in choices)
     notes = [f"# batch: the inputs of some {START_BATCH} training examples"] if looking else []

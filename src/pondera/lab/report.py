@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from html import escape
 from importlib.resources import files
@@ -64,11 +64,16 @@ def write(comparison: "Comparison", path: str | Path) -> Path:
 
     Raises: BadInput: if the path is a folder, lies in a folder that does not exist, or cannot be written.
     """
+    return put(path, lambda: render(comparison))
+
+
+def put(path: str | Path, text: Callable[[], str]) -> Path:
+    """Write a page by atomic rename, its path checked before the text is made."""
     from pondera.replications._claims import write_atomically
 
     path = check_path(path)
     try:
-        write_atomically(path, render(comparison))
+        write_atomically(path, text())
     except OSError as error:
         raise BadInput(f"the report cannot be written to {path}: {error.strerror or error}") from None
     return path
@@ -89,8 +94,6 @@ def check_path(path: str | Path) -> Path:
 
 def render(comparison: "Comparison") -> str:
     """The report as text: equal comparisons give equal text, and nothing in it is loaded from elsewhere."""
-    from plotly.offline import get_plotlyjs
-
     c = comparison
     halves = [(d.high - d.low) / 2 for r in c.rows if (d := r.difference)]
     places = decimals(halves or [(r.score[2] - r.score[1]) / 2 for r in c.rows if r.finished])
@@ -105,7 +108,19 @@ def render(comparison: "Comparison") -> str:
         ("code", "Code to paste", _code(c)),
         ("method", "How it was done", _method(c)),
     ]
-    title = _title(c)
+    over = (
+        f'pondera compare · task <span class="name">{escape(c.task.name)}</span> · {escape(c.task.settings.score)}, '
+        f"higher is better · {_count(c.seeds, 'seed')} · {_count(c.steps, 'step')}"
+    )
+    return shell(_title(c), over, _headline(c, places), sections, plots, c.versions.get("pondera", ""))
+
+
+def shell(
+    title: str, over: str, lead: str, sections: Sequence[tuple[str, str, str]], plots: Sequence[Figure], version: str
+) -> str:
+    """A whole page: heading, lead, linked sections (key, heading, HTML) and the figures' script; it loads nothing."""
+    from plotly.offline import get_plotlyjs
+
     links = "".join(f'<li><a href="#{key}">{heading}</a></li>' for key, heading, _ in sections)
     body = "".join(
         f'<section aria-labelledby="{key}"><h2 id="{key}">{heading}</h2>{content}</section>\n'
@@ -129,15 +144,14 @@ def render(comparison: "Comparison") -> str:
 <a class="skip" href="#main">Skip to the results</a>
 <div class="page">
 <header>
-<p class="over">pondera compare · task <span class="name">{escape(c.task.name)}</span>
-· {escape(c.task.settings.score)}, higher is better · {_count(c.seeds, "seed")} · {_count(c.steps, "step")}</p>
+<p class="over">{over}</p>
 <h1>{escape(title)}</h1>
 </header>
 <main id="main" tabindex="-1">
-{_headline(c, places)}
+{lead}
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 {body}</main>
-<footer>Written by pondera {escape(c.versions.get("pondera", ""))}.
+<footer>Written by pondera {escape(version)}.
 This file holds everything it shows; it loads nothing.</footer>
 </div>
 <script type="application/json" id="figures">{_json({f.id: f.spec for f in plots})}</script>

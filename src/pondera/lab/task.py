@@ -73,6 +73,11 @@ class Task:
     def fingerprint(self) -> str:
         return hashlib.sha256(self.source.encode()).hexdigest()[:16]
 
+    @property
+    def built_in(self) -> bool:
+        """Whether it ships with pondera, so that its name alone finds it."""
+        return Path(self.path).parent == Path(__file__).parent / "tasks"
+
     def build(self) -> nn.Module:
         """A fresh model; its draw follows torch's global seed."""
         model = self._call("build")

@@ -1,0 +1,271 @@
+"""Which start helps this model? Each one is tried: a look before training, then a few steps at several rates."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pondera.errors import BadInput
+from pondera.lab._inspect import STARTS, Inspection, inspect
+from pondera.lab._words import DASH, num, rate, signed
+from pondera.lab.recipe import Recipe, as_recipe, names, parse_choice
+from pondera.lab.task import Batch, Task, batches, load_task
+from pondera.lab.train import START_BATCH, prepare, stream
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+RATES = 3  # of the task's grid, evenly spread inside it
+STEPS = (8, 60)  # fewest and most of one try
+HELD = 512  # validation examples a try is scored on
+USUAL = ("kaiming_normal", "xavier_normal")  # of torch.nn.init, tried beside our own
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One start tried. loss: on held-out examples after the steps, at the best of the rates (infinite where none
+    finished). gain: the loss as built minus this one. rate: that rate. faults: what a look before training found."""
+
+    recipe: Recipe
+    loss: float
+    gain: float
+    rate: float
+    faults: tuple[str, ...]
+    first: str
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Starts by what they did to this model, best first; the model as built is one of them.
+
+    steps, rates: of each try. left_out: recipe -> why it could not be tried. seconds: all together.
+    """
+
+    task: Task
+    trials: tuple[Trial, ...]
+    left_out: dict[str, str]
+    steps: int
+    rates: tuple[float, ...]
+    seconds: float
+
+    @property
+    def best(self) -> Trial:
+        return self.trials[0]
+
+    def table(self) -> list[dict[str, Any]]:
+        """One plain dict a start, best first."""
+        return [
+            {"recipe": t.name, "loss": t.loss, "gain": t.gain, "rate": t.rate, "faults": list(t.faults)}
+            for t in self.trials
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain dicts, lists and numbers (None for what is not finite)."""
+        rows = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
+            for r in self.table()
+        ]
+        return {"steps": self.steps, "rates": list(self.rates), "trials": rows, "left_out": self.left_out}
+
+    def summary(self) -> str:
+        """The ranking in words, the command that tells which differences are real, and the best start's code."""
+        rows = [("start", "loss", "gain", "rate", "before training")]
+        rows += [
+            (t.name, num(t.loss), signed(t.gain), rate(t.rate), t.first or "nothing wrong found") for t in self.trials
+        ]
+        widths = [max(len(r[i]) for r in rows) for i in range(4)]
+        lines = [
+            f"Starts tried on this model: loss on held-out data after {self.steps} steps, at the best of "
+            f"{len(self.rates)} rates."
+        ]
+        lines += [
+            "  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:4], widths[1:])), r[4]]).rstrip()
+            for r in rows
+        ]
+        for name, why in self.left_out.items():
+            lines.append(f"{name}: not tried: {why}")
+        better = [t for t in self.trials if str(t.recipe) and t.gain > 0][:2]
+        if better:
+            choices = " ".join(f'"{t.recipe}"' for t in better)
+            lines += [
+                "",
+                "One seed and few steps: a hint, not a verdict. Which differences are real:",
+                f"    pondera compare {self.task.name if self.task.built_in else self.task.path} {choices}",
+                "",
+                f"{better[0].name}:",
+                *(f"    {line}" for line in self.snippet(better[0]).splitlines()),
+            ]
+        else:
+            lines += ["", "No start did better than the model as built."]
+        return "\n".join(lines)
+
+    def snippet(self, trial: Trial | None = None) -> str:
+        """The code that gives a model this start (the best one's by default)."""
+        from pondera.lab._snippet import start_code
+
+        return start_code((trial or self.best).recipe)
+
+    def plot(self) -> "Figure":
+        """Held-out loss of each start, best at the top (a plotly figure)."""
+        import plotly.graph_objects as go
+
+        shown = [t for t in self.trials if math.isfinite(t.loss)][::-1]
+        built = next((t.loss for t in shown if not str(t.recipe)), None)
+        fig = go.Figure(go.Bar(x=[t.loss for t in shown], y=[t.name for t in shown], orientation="h"))
+        if built is not None:
+            fig.add_vline(x=built, line={"dash": "dash"})
+        fig.update_layout(title=f"loss after {self.steps} steps; dashed: as built", template="simple_white")
+        return fig
+
+
+def rank_starts(
+    task: str | Path | ModuleType | Task,
+    starts: Sequence[Recipe | str] | None = None,
+    *,
+    seconds: float = 40.0,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Ranking:
+    """Try starts on a task's model, each alike, and rank them by the held-out loss they reach in a few steps.
+
+    Each start gets the same draw of everything it leaves alone, the same batches, and as many steps at each of three
+    rates from the task's grid as fit into `seconds` together (8 to 60). Where not even 8 do, the starts that `inspect`
+    advises come first and the others are left out. It is one seed: `compare` says which differences are real.
+
+    Args:
+        task: as for `compare`.
+        starts: recipes; None takes every start of `pondera.init` that the task has the material for, and the two usual
+            ones of `torch.nn.init`. The model as built is always among those tried.
+        seconds: for everything together, on this machine. The steps depend on it, hence also the figures.
+        seed: of the draw. say: called with each start's name before it is tried.
+    Returns: a `Ranking`: `.summary()`, `.table()`, `.best`, `.snippet()`, `.plot()`.
+    Raises: BadInput: for what `compare` refuses too (a wrong task, an unknown method), or seconds that are not above 0.
+
+    >>> ranking = rank_starts("deep", ["init=lsuv"], seconds=5)
+    >>> ranking.best.name, ranking.best.gain > 0
+    ('init=lsuv', True)
+    """
+    if not seconds > 0:
+        raise BadInput(f"rank_starts needs seconds above 0, got {seconds}")
+    began = time.perf_counter()
+    task = load_task(task)
+    fit, held = task.split("tune")
+    held = tuple(t[:HELD] for t in held)
+    recipes = [as_recipe(s) for s in starts] if starts is not None else list(_all())
+    recipes = list({str(r): r for r in recipes if str(r)}.values())
+    grid = task.settings.rates
+    rates = tuple(dict.fromkeys(grid[(len(grid) - 1) * (k + 1) // (RATES + 1)] for k in range(RATES)))
+
+    say("as built")
+    built, look = _first_look(task, Recipe(), seed, fit)
+    recipes.sort(key=lambda r: _advice(r, look))  # sort is stable: advised first, the rest as they came
+    each = _seconds_a_step(task, built, fit, rates[0], seed)
+    room = seconds - (time.perf_counter() - began)
+    arms = len(recipes) + 1
+    steps = max(STEPS[0], min(STEPS[1], int(0.7 * room / (arms * len(rates) * each))))
+    left_out: dict[str, str] = {}
+    trials = [_try(task, Recipe(), seed, fit, held, rates, steps, look)]
+    for r in recipes:
+        if time.perf_counter() - began > seconds:
+            left_out[r.name] = f"{seconds:g} seconds were over; give more with seconds="
+            continue
+        say(r.name)
+        try:
+            _, look = _first_look(task, r, seed, fit)
+            trials.append(_try(task, r, seed, fit, held, rates, steps, look))
+        except (BadInput, RuntimeError) as error:  # does not fit this model: said, and the next is tried
+            left_out[r.name] = " ".join(str(error).split())
+    base = trials[0].loss
+    gained = [replace(t, gain=base - t.loss if math.isfinite(base) or math.isfinite(t.loss) else 0.0) for t in trials]
+    gained.sort(key=lambda t: t.loss)
+    return Ranking(task, tuple(gained), left_out, steps, rates, time.perf_counter() - began)
+
+
+def _all() -> Iterator[Recipe]:
+    import pondera.init
+
+    for name in names("init"):
+        if f"{name}_" in pondera.init.__all__ or name in USUAL:
+            yield Recipe(init=name)
+
+
+def _advice(recipe: Recipe, look: Inspection | None) -> int:
+    """Where a start stands in what `inspect` advises: smaller is earlier."""
+    advised = [s.name for s in look.starts] if look else [n for n, _ in STARTS["vanishing signal"]]
+    name = parse_choice("init", recipe.init or "").name if recipe.init else ""
+    return advised.index(name) if name in advised else len(advised)
+
+
+def _first_look(task: Task, recipe: Recipe, seed: int, fit: Batch) -> tuple[torch.nn.Module, Inspection | None]:
+    """The started model and what a look at it says; None where a look is not possible."""
+    model = prepare(task, recipe, seed, fit)
+    few = tuple(t[:START_BATCH] for t in fit)
+    try:
+        return model, inspect(model, task.inputs(few), loss=lambda m, _: task.loss(m, few), tangent=False)
+    except BadInput:
+        return model, None
+
+
+def _seconds_a_step(task: Task, model: torch.nn.Module, fit: Batch, at: float, seed: int) -> float:
+    """Median of the steps after one to warm up; fewer where the training diverges."""
+    times = sorted(list(_steps(task, Recipe(), model, fit, at, seed, 4))[1:])
+    return max(1e-5, times[len(times) // 2]) if times else 1e-3
+
+
+def _steps(
+    task: Task, recipe: Recipe, model: torch.nn.Module, fit: Batch, at: float, seed: int, steps: int
+) -> Iterator[float]:
+    """Train in place at a constant rate; the seconds of each step. Ends early where the loss is not finite."""
+    feed = batches(fit, task.settings.batch, stream(seed, "data"))
+    optimizers = recipe.optimizers(model, at, task.settings.optim)
+    model.train()
+    for _ in range(steps):
+        began = time.perf_counter()
+        batch = next(feed)
+        for o in optimizers:
+            o.zero_grad()
+        loss = task.loss(model, batch)
+        if not math.isfinite(loss.item()):
+            return
+        loss.backward()
+        for o in optimizers:
+            o.step()
+        yield time.perf_counter() - began
+
+
+def _try(
+    task: Task,
+    recipe: Recipe,
+    seed: int,
+    fit: Batch,
+    held: Batch,
+    rates: tuple[float, ...],
+    steps: int,
+    look: Inspection | None,
+) -> Trial:
+    began = time.perf_counter()
+    found = []
+    for at in rates:
+        model = prepare(task, recipe, seed, fit)
+        done = sum(1 for _ in _steps(task, recipe, model, fit, at, seed, steps))
+        loss = math.inf
+        if done == steps:
+            with torch.no_grad():
+                loss = float(task.loss(model.eval(), held))
+        found.append((loss if math.isfinite(loss) else math.inf, at))
+    loss, at = min(found)
+    faults = tuple(f.symptom for f in look.faults) if look else ()
+    first = f"{look.faults[0].symptom} at {look.faults[0].layer}" if look and look.faults else ""
+    if look is None:
+        first = DASH
+    return Trial(recipe, loss, 0.0, at if math.isfinite(loss) else math.nan, faults, first, time.perf_counter() - began)
