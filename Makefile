@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 WORKERS ?= 2
 
-.PHONY: demo test lint bench replicate docs clean
+.PHONY: demo test lint bench replicate league docs clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,9 @@ bench: $(VENV)/.test  ## ours, peer, ratio
 
 replicate: $(VENV)/.test  ## re-run the papers' claims and record them: make replicate KEY=lsuv
 	$(BIN)/pondera reproduce $(or $(KEY),--all) --save evidence
+
+league: $(VENV)/.test  ## compare all starts on the built-in tasks again, for docs/league: make league TASK=digits
+	OMP_NUM_THREADS=1 $(BIN)/python docs/_league.py $(TASK)
 
 docs: $(VENV)/.test  ## the site, into site/
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs site

@@ -7,7 +7,9 @@ file is touched only when its text changed, so that a second build is quick; wha
 
 import importlib
 import inspect
+import json
 import re
+import shlex
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -88,6 +90,7 @@ def generate(docs: Path) -> list[Path]:
     pages[docs / "methods" / "index.md"] = alphabetical(catalogue())
     pages[docs / "methods" / "_choices.md"] = choices()
     pages[docs / "methods" / "_calibration.md"] = findings("calibration") + "\n"
+    pages[docs / "methods" / "_league_starts.md"] = league(docs / "league", "starts")
     for room in ROOMS:
         pages[docs / "rooms" / f"{room}.md"] = room_page(room)
     pages[docs / "rooms" / "index.md"] = rooms_index()
@@ -168,6 +171,50 @@ def choices() -> str:
             rooms = ", ".join(f"[{r}](/rooms/{r}.md)" for r in dict.fromkeys(p.room for p in fitting))
             rows.append((symptom, links, rooms))
     return _table(("Symptom", "Methods to compare", "Room"), rows) if rows else "No method is built yet.\n"
+
+
+def league(folder: Path, what: str) -> str:
+    """The recorded comparisons ``WHAT-TASK.json`` as tables: all tasks at a glance, then each with its command."""
+    found = {p.stem.removeprefix(f"{what}-"): json.loads(p.read_text()) for p in sorted(folder.glob(f"{what}-*.json"))}
+    if not found:
+        return "No comparison is recorded.\n"
+    names: dict[str, dict[str, str]] = {}
+    for task, kept in found.items():
+        for r in kept["rows"][1:]:
+            names.setdefault(_choice(r["recipe"]), {})[task] = _glance(r)
+    glance = [(f"`{n}`", *(cells.get(t, "") for t in found)) for n, cells in names.items()]
+    parts = [_table(("Start", *(f"`{t}`" for t in found)), glance)]
+    for task, kept in found.items():
+        base = kept["rows"][0]
+        rows = sorted(kept["rows"][1:], key=lambda r: -(r["difference"] if r["difference"] is not None else -1e9))
+        told = [_league_row(r) for r in (base, *rows)]
+        heads = ("Start", "Tuned rate", "Score, 95% interval", "Difference to as built", "Verdict", "Start-up")
+        on = ", ".join(f"{k} {v}" for k, v in kept["versions"].items())
+        words = " ".join(shlex.quote(w) for w in kept["command"])
+        parts.append(f"### {task}\n\n```text\n{words}\n```\n\n{_table(heads, told)}\n{len(base['scores'])} seeds; {on}.\n")
+    return "\n".join(parts)
+
+
+def _choice(recipe: str) -> str:
+    """`lsuv` of "init=lsuv", without the activation it was told."""
+    return re.sub(r"\(.*", "", recipe.removeprefix("init="))
+
+
+def _glance(r: dict[str, Any]) -> str:
+    if r["failed"] or r["difference"] is None:
+        return "failed"
+    sign = {"better": "▲", "worse": "▼"}.get(r["verdict"], "○")
+    return f"{sign} {r['difference']:+.3g}"
+
+
+def _league_row(r: dict[str, Any]) -> tuple[str, ...]:
+    def three(mean: float | None, low: float | None, high: float | None, sign: str = "") -> str:
+        return "" if mean is None or low is None else f"{mean:{sign}.4g} [{low:{sign}.4g}, {high:{sign}.4g}]"
+
+    rate = "" if r["rate"] is None else f"{r['rate']:.1e}"
+    start = "" if r["start_seconds"] is None else f"{1e3 * r['start_seconds']:.3g} ms"
+    gap = three(r["difference"], r["difference_low"], r["difference_high"], "+")
+    return (f"`{_choice(r['recipe'])}`", rate, three(r["score"], r["low"], r["high"]), gap, r["verdict"], start)
 
 
 def reference(module: str) -> str:
