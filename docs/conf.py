@@ -47,6 +47,7 @@ autodoc_member_order = "bysource"
 maximum_signature_line_length = 90
 smartquotes_action = "D"  # dashes only: docstrings quote Python's strings
 napoleon_numpy_docstring = False
+napoleon_attr_annotations = False  # a shape such as "n *places" is no reST
 napoleon_custom_sections = [("Paper", "returns_style"), "Shape"]
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def _prose(lines: list[str]) -> Iterator[str]:
             doctest = doctest or line.lstrip().startswith(">>>")
         else:
             doctest = False
-        if kept >= 0 or doctest or line.lstrip().startswith(("..", "|", "+-")):
+        if kept >= 0 or doctest or line.lstrip().startswith(("..", "| ", "+-")):
             yield line
         else:
             parts = re.split(r"(`+[^`]+`+_*)", line)

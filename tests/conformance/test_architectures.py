@@ -78,3 +78,17 @@ def test_the_table_in_the_docs_is_what_is_measured():
             assert old.partition(",")[0] == new.partition(",")[0], (layer, old, new)
             gains = [float(c.rpartition(" ")[2]) for c in (old, new) if "gain" in c]
             assert not gains or gains[0] == pytest.approx(gains[1], abs=0.02), (layer, old, new)
+
+
+@pytest.mark.parametrize("which", a.ARCHITECTURES)
+def test_inspect_speaks_of_every_weight_that_runs(which):
+    from pondera.lab import inspect
+
+    model, batch = a.make(which)
+    before = copy.deepcopy(model.state_dict())
+    found = inspect(model, batch)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    seen = {row.layer for row in found.layers}
+    called = {one.name.rpartition(".")[0] for one in owned(model)}
+    assert called <= seen, called - seen
+    assert len(found.summary()) > 100

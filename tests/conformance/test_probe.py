@@ -25,7 +25,12 @@ FUNCTIONS = sorted(n for n in pondera.probe.__all__ if inspect.isfunction(getatt
 
 
 REFUSES = {  # models a probe's theory does not cover; all others must work
-    "koopman_bound": {"mlp", "cnn", "residual", "attention"},  # ReLU is not injective, and norms and attention are no chain
+    "koopman_bound": {
+        "mlp",
+        "cnn",
+        "residual",
+        "attention",
+    },  # ReLU is not injective, and norms and attention are no chain
     "ibp_tightness": {"residual", "attention"},  # LayerNorm, tokens
 }
 
