@@ -24,10 +24,11 @@ WHO = "neural_collapse"
 
 @dataclass(frozen=True)
 class NeuralCollapse:
-    """How collapsed the features before a classifier are; every distance is 0 in full collapse.
+    """How collapsed the features before a classifier are.
 
-    With W the classifier's rows, M the class means, M_c the means minus the mean of all features, all seen as matrices
-    of one row a class, and distances of Frobenius norm between matrices scaled to norm 1:
+    Full collapse is within = 0 and nearest = 1 with either `simplex` and the first of `duality` at 0 (a simplex), or
+    `orthogonal` and the second of `duality` (an orthogonal frame). Below, W are the classifier's rows, M the class means
+    and M_c the means minus the mean of all features, as matrices of one row a class; a distance is `frame_distance`.
 
     Attributes:
         within: NC1, tr(S_W S_B^+) / K: scatter within classes by scatter between them.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -200,6 +200,7 @@ def mislabelled_are_found(lab: Lab) -> Finding:
     grid = (50, 150, 500, 1500)
     rules = ("kernel", "loss", "self first")
 
+    @cache
     def areas(seed: int, steps: int) -> dict[str, float]:
         g = lab.generator(seed)
         x, y, _, _ = digits(g, 600)
@@ -221,8 +222,8 @@ def mislabelled_are_found(lab: Lab) -> Finding:
     gap = lab.effect(score["kernel"], score["loss"])
     return judge(
         min(score["kernel"]) > 0.8 and gap.low > -0.02,
-        note="They are found, but the loss, as well tuned, finds them better. After the longest training, when the network has "
-        "learnt the wrong labels too and their loss has fallen, the kernel has the better order. The rule of the authors' code "
+        note="They are found, but the loss, as well tuned, finds them better; after the longest training, when the network has "
+        "begun to learn the wrong labels too, no difference is shown. The rule of the authors' code "
         "(a sample that another serves better than itself) does worse than chance: a mislabelled sample is like no other, so "
         "that none serves it better; what the rule drops has a twin with a larger gradient.",
         kernel_minus_loss=gap,

@@ -93,7 +93,15 @@ def high_rank_is_lazier(lab: Lab) -> Finding:
     by_rank = {r: {m: sum(v) / len(v) for m, v in found[r].items()} for r in RANKS}
     kernel = [by_rank[r]["kernel_alignment"] for r in RANKS]
     lab.figure("rank", _draw(found))
-    return judge(ok and kernel == sorted(kernel), full_minus_rank_2=gaps, by_rank=by_rank)
+    return judge(
+        ok and kernel == sorted(kernel),
+        note="Full rank is lazier than low rank by all measures, but the order is not strict at the low end. Of starts of one "
+        "norm those of lower rank have the larger kernel, since ||W1^T W1|| grows as the norm gathers in fewer directions, and "
+        "a larger kernel turns less. Looked at apart (2 seeds): with W1 scaled to one norm of W1^T W1 instead, kernel "
+        "alignment rises at every step (0.66, 0.73, 0.84, 0.92, 0.96) and the change of the weights falls (0.72 to 0.27).",
+        full_minus_rank_2=gaps,
+        by_rank=by_rank,
+    )
 
 
 @claim(

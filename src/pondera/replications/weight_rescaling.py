@@ -66,7 +66,7 @@ def matrices(net: nn.Module) -> dict[str, Tensor]:
 )
 def stays_on_target(lab: Lab) -> Finding:
     (x, y), _ = text()
-    low, high, loose, jump = [], [], [], []
+    low, high, loose, growth, jump = [], [], [], [], []
     for seed in lab.seeds:
         for held in (True, False):
             g = lab.generator(seed)
@@ -74,7 +74,7 @@ def stays_on_target(lab: Lab) -> Finding:
             for w in matrices(net).values():
                 w.mul_(TARGET / w.std())
             hook = TargetVariance(net, target=TARGET, every=EVERY)
-            optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.0)
+            optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.0, fused=True)
             ratios = []
             for step in range(1, 101):
                 i = torch.randint(len(x), (BATCH,), generator=g)
@@ -94,6 +94,8 @@ def stays_on_target(lab: Lab) -> Finding:
             if held:
                 low.append(min(map(min, ratios)))
                 high.append(max(map(max, ratios)))
+                looks = range(0, len(ratios) - EVERY, EVERY)  # right after one, and right before the next
+                growth.append(max(b / a for k in looks for a, b in zip(ratios[k], ratios[k + EVERY - 1])))
             else:
                 loose.append(max(ratios[-1]))
     return judge(
@@ -101,7 +103,10 @@ def stays_on_target(lab: Lab) -> Finding:
         smallest_over_target=low,
         largest_over_target=high,
         largest_without_hook=loose,
+        largest_growth_between_looks=growth,
         loss_added_by_a_rescaling={"mean": sum(jump) / len(jump), "largest": max(jump)},
+        note="the hook holds the deviations near the target, but the bound is not its threshold: a matrix just below 1.2 at one "
+        "look grows on until the next, by up to a quarter at this rate. Looking every 5 steps the peak of seed 0 is 1.28, every 2 1.22",
     )
 
 
@@ -141,7 +146,7 @@ def trained(run: Run) -> tuple[float, float, int]:
         (x, y), (x_test, y_test) = (x[order[600:]], y[order[600:]]), (x[order[:600]], y[order[:600]])
     net = gpt(run.std, run.rule, g)
     hook = TargetVariance(net, target=TARGET)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=run.rate, weight_decay=run.decay)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=run.rate, weight_decay=run.decay, fused=True)
     rescaled = 0
     for step in range(1, run.stop + 1):
         optimizer.param_groups[0]["lr"] = run.rate * schedule(step, STEPS)

@@ -83,7 +83,7 @@ def train(
     from pondera.lab.train import schedule
 
     (x, y), seen, g = data, [], torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=rate)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, fused=True)
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = rate * schedule(step, steps)
         i = torch.randint(len(x), (batch,), generator=g)
