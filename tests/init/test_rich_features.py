@@ -341,6 +341,7 @@ REFUSED = {
     "negative class": (mlp(2), (X, Y - 1), {}, "labels of 40 that are no class"),
     "soft labels": (mlp(2, 1), (X, Y[:, None] * 0.5), {}, "labels of 40 that are no class"),
     "floating labels, two outputs": (mlp(2), (X, Y.float()), {}, "one output for each floating-point label"),
+    "integer labels, one output": (mlp(2, 1), (X, Y * 0), {}, "of two classes at least"),
     "labels as a column": (mlp(2), (X, Y[:, None]), {}, r"needs scores \(examples, classes\)"),
     "diverges": (mlp(2), (X * 1e30, Y), {"rate": 1e30}, "diverged.*lower rate"),
 }

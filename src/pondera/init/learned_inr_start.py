@@ -72,7 +72,8 @@ def meta_learn_(
         loss that grows beyond all numbers, weights that hold NaN. The model is then what it was.
     Paper: Tancik et al. 2021, arXiv 2012.02189; its text was not at hand beyond the abstract, rules and numbers are
         those of the authors' notebooks (meta_demo: images, both methods; 2d_ct: Reptile, k = 12, 5e-5, one signal a
-        step). Differences: their demo goes through the data in fixed order; signals of a step may differ in size here.
+        step). Differences: their demo goes through its data epoch by epoch, here each step draws anew; signals of a step
+        may differ in size here.
 
     >>> def after_two_steps(net, y):
     ...     sgd = torch.optim.SGD(net.parameters(), lr=0.1)

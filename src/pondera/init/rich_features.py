@@ -196,6 +196,8 @@ def _descend(loss: Callable[[], Tensor], learned: list[Tensor], steps: int, rate
             raise BadInput(f"{WHO} diverged: the loss is {total.item()} at step {step + 1}; lower rate ({rate:g})")
         total.backward()
         adam.step()
+    if not all(bool(torch.isfinite(p).all()) for p in learned):
+        raise BadInput(f"{WHO} diverged: weights are not finite after step {steps}; lower rate ({rate:g})")
 
 
 # -- labels ------------------------------------------------------------------------------------------------------------
@@ -269,12 +271,15 @@ def _head(net: nn.Module, x: Tensor, y: Tensor) -> Owned:
         raise BadInput(f"{WHO} needs a layer before the head, for features; the model has {layers[head].name} alone")
     if y.is_floating_point():
         if out.shape[1:] != y.shape[1:] or out.numel() != len(out):
-            raise BadInput(f"{WHO} needs one output for each floating-point label; got {_words(out)} and {describe(y)}")
+            raise BadInput(
+                f"{WHO} needs one output for each floating-point label; got {_words(out)} and a {describe(y)}"
+            )
         wrong = (y != 0) & (y != 1)
     else:
-        if out.ndim != 2 or y.ndim != 1:
+        if out.ndim != 2 or out.shape[1] < 2 or y.ndim != 1:
             raise BadInput(
-                f"{WHO} needs scores (examples, classes) for integer labels; got {_words(out)} and {describe(y)}"
+                f"{WHO} needs scores (examples, classes), of two classes at least, for integer labels (examples); got "
+                f"{_words(out)} and a {describe(y)}"
             )
         wrong = (y < 0) | (y >= out.shape[1])
     if wrong.any():
