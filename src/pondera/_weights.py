@@ -160,13 +160,17 @@ def restored_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     Up to 64 MB the copy is held in memory, beyond that in a temporary file: a start must not need a model twice.
     """
-    tensors = list({id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}.values())
+    every = dict.fromkeys(inner for m in modules for inner in m.modules())
+    held = [(table, dict(table)) for m in every for table in (m._parameters, m._buffers)]
+    tensors = list({id(t): t for _, names in held for t in names.values() if t is not None}.values())
     with SpooledTemporaryFile(IN_MEMORY) as kept:
         for t in tensors:
             kept.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         try:
             yield
         except BaseException:
+            for table, was in held:  # a parametrization may have put other tensors in their place
+                table.update(was)
             kept.seek(0)
             with torch.no_grad():
                 for t in tensors:

@@ -20,7 +20,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from pondera._bounds import interval_bounds, margin_bounds
-from pondera._weights import CONV, TRANSPOSED, require_owned, start_each
+from pondera._weights import CONV, TRANSPOSED, require_owned, restored_on_error, start_each
 from pondera.errors import BadInput, nearest
 from pondera.init._certified import certified_loss, warmup
 
@@ -86,10 +86,7 @@ def ibp_(
         if name not in layers:
             raise BadInput(f"ibp_ found no linear or convolution layer {name!r}{nearest(name, layers)}")
     last = weights[-1].name if classifier is None else f"{classifier}.weight".lstrip(".")
-    modules = dict.fromkeys(m for one in weights for m in one.module.modules())
-    held = [(table, dict(table)) for m in modules for table in (m._parameters, m._buffers)]
-    saved = [(t, t.clone()) for _, table in held for t in table.values() if t is not None]
-    try:
+    with restored_on_error(dict.fromkeys(one.module for one in weights)):
         for one in weights:
             new = torch.empty_like(one.read())
             start_each(new, as_torch if one.name == last else draw, who="ibp_")
@@ -101,12 +98,6 @@ def ibp_(
             if one.bias is not None and one.kind != "attention":
                 bound = new[0].numel() ** -0.5
                 one.bias.uniform_(-bound, bound, generator=generator)
-    except BaseException:
-        for table, was in held:  # a parametrization may have put other tensors in their place
-            table.update(was)
-        for tensor, old in saved:
-            tensor.copy_(old)
-        raise
     return target
 
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from pondera._weights import require_owned
+from pondera._weights import require_owned, restored_on_error
 from pondera.errors import BadInput, nearest, require_matrix
 
 Target = TypeVar("Target", Tensor, nn.Module)
@@ -96,9 +96,7 @@ def _start(model: nn.Module, last: set[str], tau: float, eps: float, generator: 
             raise BadInput(
                 f"idinit_ found no linear or convolution layer {name!r} to end a branch{nearest(name, layers)}"
             )
-    modules = dict.fromkeys(one.module for one in weights)
-    saved = [(m, {k: v.clone() for k, v in m.state_dict().items()}) for m in modules]
-    try:
+    with restored_on_error(dict.fromkeys(one.module for one in weights)):
         for one in weights:
             new = torch.empty_like(one.read())
             ends = one.kind != "attention" and one.name.rpartition(".")[0] in last
@@ -111,10 +109,6 @@ def _start(model: nn.Module, last: set[str], tau: float, eps: float, generator: 
                     f"idinit_ cannot start {one.name}: its parametrization cannot hold the weight it is given"
                 )
             one.fill_bias(0.0)
-    except BaseException:
-        for module, state in saved:
-            module.load_state_dict(state)  # by name: a parametrization may have put another tensor there
-        raise
 
 
 def _put(w: Float[Tensor, "m n *kernel"], matrix: Float[Tensor, "m cols"]) -> Float[Tensor, "m n *kernel"]:

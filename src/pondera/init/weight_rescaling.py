@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils import parametrize
 
-from pondera._weights import Owned, owned, require_owned, start_each
+from pondera._weights import Owned, owned, require_owned, restored_on_error, start_each
 from pondera.errors import BadInput, nearest
 
 Target = TypeVar("Target", Tensor, nn.Module)
@@ -80,14 +80,8 @@ def _start(
     layers = [index.get(one.module) for one in weights]
     # start_each goes through the weights in the same order
     sigmas = iter([std if l is None else std / (l * scale_factor) ** 0.5 for l in layers])
-    modules = dict.fromkeys(one.module for one in weights)
-    saved = [(t, t.clone()) for m in modules for t in (*m.parameters(), *m.buffers())]
-    try:
+    with restored_on_error(dict.fromkeys(one.module for one in weights)):
         start_each(model, lambda w: w.normal_(0, next(sigmas), generator=generator), who=who)
-    except BaseException:
-        for tensor, old in saved:
-            tensor.copy_(old)
-        raise
 
 
 class TargetVariance:
