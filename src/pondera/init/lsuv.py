@@ -1,18 +1,16 @@
 """LSUV: orthonormal weights, then each layer's output scaled to unit variance in the order the layers run."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
+from pondera._batch import Arguments, Batch, in_eval_mode, one_pass, tensor_arguments
 from pondera._weights import Owned, require_owned, restored_on_error, start_each
-from pondera.errors import BadInput, describe
+from pondera.errors import BadInput
 from pondera.linalg import haar
-
-Batch = Tensor | tuple[Tensor, ...] | list[Tensor] | Mapping[str, Tensor]
 
 
 @torch.no_grad()
@@ -75,25 +73,18 @@ def lsuv_(
     if not (tol > 0 and max_tries >= 1):
         raise BadInput(f"lsuv_ needs tol above 0 and max_tries of at least 1, got {tol} and {max_tries}")
     weights = require_owned(model, "lsuv_")
-    args, kwargs = _arguments(batch)
+    given = tensor_arguments(batch, "lsuv_")
     with restored_on_error(dict.fromkeys(one.module for one in weights)):
         if orthonormal:
             start_each(model, lambda w: w.copy_(_orthonormal(w, generator)), who="lsuv_")
         else:
             weights = [one for one in weights if one.read().any()]
-        with _in_eval_mode(model):
-            _normalise(model, args, kwargs, _sites(model, weights), tol, max_tries)
+        with in_eval_mode(model):
+            _normalise(model, given, _sites(model, weights), tol, max_tries)
     return model
 
 
-def _normalise(
-    model: nn.Module,
-    args: tuple[Tensor, ...],
-    kwargs: dict[str, Tensor],
-    sites: dict[nn.Module, Owned],
-    tol: float,
-    max_tries: int,
-) -> None:
+def _normalise(model: nn.Module, batch: Arguments, sites: dict[nn.Module, Owned], tol: float, max_tries: int) -> None:
     """Step 2: scale every site's weight as its layer runs for the first time, then run once more to check."""
     first: dict[str, float] = {}  # variance by weight's name
     second: dict[str, float] = {}
@@ -120,14 +111,14 @@ def _normalise(
         if one.name not in second and _own(out).numel():
             second[one.name] = _variance(out, one)
 
-    _run(model, args, kwargs, sites, scale)
+    _run(model, batch, sites, scale)
     missed = dict.fromkeys(one.name for one in sites.values() if one.name not in first)
     if missed:
         raise BadInput(
             f"lsuv_ cannot scale {', '.join(missed)}: the model's forward in eval mode never calls the layer on this "
             "batch; give a batch that reaches it, or start only the part of the model that is used"
         )
-    _run(model, args, kwargs, sites, look)
+    _run(model, batch, sites, look)
     for name, variance in first.items():
         again = second.get(name, torch.nan)
         if not abs(again - variance) < tol:
@@ -174,55 +165,7 @@ def _sites(model: nn.Module, weights: list[Owned]) -> dict[nn.Module, Owned]:
     return sites
 
 
-def _run(
-    model: nn.Module,
-    args: tuple[Tensor, ...],
-    kwargs: dict[str, Tensor],
-    sites: dict[nn.Module, Owned],
-    visit: Callable[..., Any],
-) -> None:
+def _run(model: nn.Module, batch: Arguments, sites: dict[nn.Module, Owned], visit: Callable[..., Any]) -> None:
     """One pass with `visit` as forward hook of every site, before the hooks of others: it sees forward's own output."""
     hooks = [m.register_forward_hook(partial(visit, one), prepend=True, with_kwargs=True) for m, one in sites.items()]
-    cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    try:
-        with torch.random.fork_rng(cuda):  # what forward draws it draws again in the next pass; the caller sees nothing
-            model(*args, **kwargs)
-    except (BadInput, torch.OutOfMemoryError):
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        given = ", ".join([*map(describe, args), *(f"{k}: {describe(t)}" for k, t in kwargs.items())])
-        why = " ".join(str(error).split())
-        raise BadInput(f"lsuv_ could not run the model on its batch ({given}): {why}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    fused = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)  # the fused transformer layer calls no hooks
-        model.eval()
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for module, training in modes:
-            module.training = training
-
-
-def _arguments(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """The batch as forward's positional and keyword arguments, checked."""
-    args = tuple(batch) if isinstance(batch, (tuple, list)) else () if isinstance(batch, Mapping) else (batch,)
-    kwargs = dict(batch) if isinstance(batch, Mapping) else {}
-    if not args and not kwargs:
-        raise BadInput(f"lsuv_ needs a batch of inputs, got an empty {type(batch).__name__}")
-    for t in (*args, *kwargs.values()):
-        if not isinstance(t, Tensor):
-            raise BadInput(f"lsuv_ needs a batch of tensors (one, or a tuple, list or dict), got {type(t).__name__}")
-        if t.is_meta or t.numel() == 0:
-            raise BadInput(f"lsuv_ needs a batch with numbers in it, got a {describe(t)}")
-        if t.isnan().any():  # infinities may be meant, as in attention masks; where they reach an output it is refused
-            raise BadInput(f"lsuv_ needs finite numbers, got {int(t.isnan().sum())} NaN of {t.numel()} in its batch")
-    return args, kwargs
+    one_pass(model, batch, hooks, "lsuv_")

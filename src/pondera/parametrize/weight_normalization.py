@@ -4,8 +4,6 @@ The parametrization is torch's own `torch.nn.utils.parametrizations.weight_norm`
 torch lacks is the start the paper pairs it with.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
+from pondera._batch import Arguments, Batch, in_eval_mode, one_pass, tensor_arguments
 from pondera._weights import Owned, is_gpt_conv1d, require_owned
-from pondera.errors import BadInput, describe
+from pondera.errors import BadInput
 
 __all__ = ["data_dependent_weight_norm_", "weight_norm"]
 
-Batch = Tensor | tuple[Tensor, ...] | list[Tensor] | Mapping[str, Tensor]
 Statistics = dict[nn.Module, tuple[Float[Tensor, "out"], Float[Tensor, "out"]]]  # mean and deviation of each feature
 WHO = "data_dependent_weight_norm_"
 
@@ -73,10 +71,10 @@ def data_dependent_weight_norm_(model: nn.Module, batch: Batch) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise BadInput(f"{WHO} needs an nn.Module to run the batch through, got {type(model).__name__}")
-    args, kwargs = _arguments(batch)
-    with _in_eval_mode(model):  # before the first look: reading a spectral norm's weight in training mode moves it
+    given = tensor_arguments(batch, WHO)
+    with in_eval_mode(model):  # before the first look: reading a spectral norm's weight in training mode moves it
         layers = _layers(model)
-        statistics = _pass(model, layers, args, kwargs)
+        statistics = _pass(model, layers, given)
     for module, (mean, deviation) in statistics.items():
         one = layers[module]
         if not parametrize.is_parametrized(one.module, one.attribute):
@@ -132,9 +130,7 @@ def _dim(one: Owned) -> int:
     return 1 if one.kind == "conv_transpose" or is_gpt_conv1d(one.module) else 0
 
 
-def _pass(
-    model: nn.Module, layers: dict[nn.Module, Owned], args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
-) -> Statistics:
+def _pass(model: nn.Module, layers: dict[nn.Module, Owned], batch: Arguments) -> Statistics:
     """Mean and deviation of each layer's features, each output normalized on its way on; the model stays as it is."""
     seen: Statistics = {}
 
@@ -153,19 +149,7 @@ def _pass(
         return (t, *out[1:]) if isinstance(out, tuple) else t
 
     hooks = [m.register_forward_hook(partial(normalize, one), prepend=True) for m, one in layers.items()]
-    cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    try:
-        with torch.random.fork_rng(cuda):
-            model(*args, **kwargs)
-    except (BadInput, torch.OutOfMemoryError):
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        given = ", ".join([*map(describe, args), *(f"{k}: {describe(t)}" for k, t in kwargs.items())])
-        why = " ".join(str(error).split())
-        raise BadInput(f"{WHO} could not run the model on its batch ({given}): {why}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+    one_pass(model, batch, hooks, WHO)
     missed = [one.name for m, one in layers.items() if m not in seen]
     if missed:
         raise BadInput(
@@ -189,33 +173,3 @@ def _statistics(
             f"constant over the {len(t)} values of this batch; check for equal or too few inputs or a dead layer"
         )
     return mean, deviation
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    fused = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)  # the fused transformer layer calls no hooks
-        model.eval()
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for module, training in modes:
-            module.training = training
-
-
-def _arguments(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """The batch as forward's positional and keyword arguments, checked."""
-    args = tuple(batch) if isinstance(batch, (tuple, list)) else () if isinstance(batch, Mapping) else (batch,)
-    kwargs = dict(batch) if isinstance(batch, Mapping) else {}
-    if not args and not kwargs:
-        raise BadInput(f"{WHO} needs a batch of inputs, got an empty {type(batch).__name__}")
-    for t in (*args, *kwargs.values()):
-        if not isinstance(t, Tensor):
-            raise BadInput(f"{WHO} needs a batch of tensors (one, or a tuple, list or dict), got {type(t).__name__}")
-        if t.is_meta or t.numel() == 0:
-            raise BadInput(f"{WHO} needs a batch with numbers in it, got a {describe(t)}")
-        if t.isnan().any():  # infinities may be meant, as in attention masks; where they reach an output it is refused
-            raise BadInput(f"{WHO} needs finite numbers, got {int(t.isnan().sum())} NaN of {t.numel()} in its batch")
-    return args, kwargs
