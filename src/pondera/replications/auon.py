@@ -149,8 +149,14 @@ def keeps_up(lab: Lab) -> Finding:
         rates=rate,
         over_margin_to_adamw=gaps[ADAMW],
         over_margin_to_muon=gaps[MUON],
-        to_nesterov_sgd=lab.effect(loss[best], loss[SGD]),
+        to_nesterov_sgd=where_both_finished(lab, loss[best], loss[SGD]),
     )
+
+
+def where_both_finished(lab: Lab, a: list[float], b: list[float]) -> Any:
+    """The paired difference over the seeds on which neither diverged; None where fewer than two are left."""
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    return lab.effect([x for x, _ in pairs], [y for _, y in pairs]) if len(pairs) > 1 else None
 
 
 def draw(lab: Lab, table: Any, best: str) -> None:
@@ -161,8 +167,9 @@ def draw(lab: Lab, table: Any, best: str) -> None:
     names = {ADAMW: "AdamW", MUON: "Muon", SGD: "Nesterov SGD", best: "AuON"}
     for row in table.rows:
         if row.spec in names:
-            steps = [point[0] for point in row.curves[0]]
-            loss = [-sum(c[k][2] for c in row.curves) / len(row.curves) for k in range(len(steps))]
+            curves = [c for c in row.curves if len(c) == max(map(len, row.curves))]  # a diverged run's ends early
+            steps = [point[0] for point in curves[0]]
+            loss = [-sum(c[k][2] for c in curves) / len(curves) for k in range(len(steps))]
             ax.plot(steps[1:], loss[1:], marker="o", ms=3, label=f"{names[row.spec]} (rate {row.rate:.2g})")
     ax.set(xlabel="step", ylabel="test loss, nats a character", title="Small GPT on Python source, tuned rates")
     ax.legend(frameon=False)

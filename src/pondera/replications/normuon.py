@@ -162,8 +162,9 @@ def draw(lab: Lab) -> None:
 
     fig, ax = plt.subplots(figsize=(5, 3.2))
     for row, name in zip(trained(lab.n_seeds).rows, ("NorMuon", "Muon", "AdamW"), strict=True):
-        steps = [point[0] for point in row.curves[0]]
-        loss = [-sum(c[k][2] for c in row.curves) / len(row.curves) for k in range(len(steps))]
+        curves = [c for c in row.curves if len(c) == max(map(len, row.curves))]  # a diverged run's ends early
+        steps = [point[0] for point in curves[0]]
+        loss = [-sum(c[k][2] for c in curves) / len(curves) for k in range(len(steps))]
         ax.plot(steps[1:], loss[1:], marker="o", ms=3, label=f"{name} (rate {row.rate:.2g})")
     ax.set(xlabel="step", ylabel="test loss, nats a character", title="Small GPT on Python source, tuned rates")
     ax.legend(frameon=False)
