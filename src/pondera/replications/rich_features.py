@@ -250,8 +250,16 @@ def six_methods_end_higher(lab: Lab) -> Finding:
     gaps = {k: lab.effect(_averaged(accuracy, "rich"), _averaged(accuracy, k)) for k in ("random", "ERM")}
     each = {k: [m for m in METHODS if mean[m]["rich"] <= mean[m][k]] for k in ("random", "ERM")}
     lab.figure("accuracy", _figure(accuracy))
+    good = not any(each.values()) and all(g.above for g in gaps.values())
     return judge(
-        not any(each.values()) and all(g.above for g in gaps.values()),
+        good,
+        note=""
+        if good
+        else "The premise does not hold at this scale. A round of discovery works: on these seeds the second net alone is "
+        "right in 0.62 under the worst colouring, more than most methods reach from any start. But 49 pixels and 64 "
+        "units leave little to construct: the label told by ridge regression from frozen features, on colours that do"
+        " not mislead, is right in 0.64 from Bonsai's, 0.63 from ERM's (150 steps) and 0.60 from random ones; and "
+        "with 2,500 noisy labels the digit itself gives 0.67 to 0.70",
         mean=mean,
         rich_minus=gaps,
         methods_not_above=each,
@@ -269,7 +277,12 @@ def six_methods_end_higher(lab: Lab) -> Finding:
 def results_vary_less(lab: Lab) -> Finding:
     accuracy, _ = runs(tuple(lab.seeds))
     spread = {k: statistics.fmean(statistics.variance(accuracy[m][k]) for m in METHODS) ** 0.5 for k in KINDS}
-    return judge(spread["rich"] < min(spread["random"], spread["ERM"]), standard_deviation=spread)
+    good = spread["rich"] < min(spread["random"], spread["ERM"])
+    return judge(
+        good,
+        note="" if good else "Less than from ERM's. A random start varies least because it ends near guessing",
+        standard_deviation=spread,
+    )
 
 
 @claim(
@@ -283,7 +296,15 @@ def frozen_features_are_enough(lab: Lab) -> Finding:
     accuracy, _ = runs(tuple(lab.seeds))
     gap = lab.effect(_averaged(accuracy, "rich frozen"), _averaged(accuracy, "rich"))
     mean = {m: {k: statistics.fmean(a) for k, a in each.items() if "rich" in k} for m, each in accuracy.items()}
-    return judge(gap.low > -0.02, frozen_minus_free=gap, mean=mean)
+    good = gap.low > -0.02
+    return judge(
+        good,
+        note=""
+        if good
+        else "Higher by 0.01 on average, but by method it goes both ways, and five seeds leave an interval of 0.05",
+        frozen_minus_free=gap,
+        mean=mean,
+    )
 
 
 def _averaged(accuracy: Runs, kind: str) -> list[float]:
@@ -324,8 +345,17 @@ def later_round_finds_what_erm_passes_over(lab: Lab) -> Finding:
         easy.append(_read(rich, train, fresh, 2))
     best = max(map(str, steps), key=lambda s: statistics.fmean(hard[s]))
     gap = lab.effect(hard["rich"], hard[best])
+    good = gap.above and min(easy) > 0.98
     return judge(
-        gap.above and min(easy) > 0.98, rich_minus_erm=gap, best_erm_steps=best, hard_feature=hard, easy_feature=easy
+        good,
+        note=""
+        if good
+        else "ERM does not pass the feature over: after 200 steps its hidden layer tells it as well. The second net does "
+        "go by it (right in 0.78 of fresh inputs on average) beside the easy one (0.83)",
+        rich_minus_erm=gap,
+        best_erm_steps=best,
+        hard_feature=hard,
+        easy_feature=easy,
     )
 
 
