@@ -301,7 +301,7 @@ def frozen_features_are_enough(lab: Lab) -> Finding:
         good,
         note=""
         if good
-        else "Higher by 0.01 on average, but by method it goes both ways, and five seeds leave an interval of 0.05",
+        else "Higher by 0.01 on average, but by method it goes both ways, and five seeds leave an interval of 0.05 either way",
         frozen_minus_free=gap,
         mean=mean,
     )

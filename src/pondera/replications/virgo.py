@@ -153,7 +153,7 @@ def other_convolutions(lab: Lab) -> Finding:
         note=""
         if good
         else "It stays flat with all three, but for SAGE so does Xavier: two weights act side by side and their variances "
-        "add up to 2 over the width by accident. There Kaiming is the start that explodes, and with GIN both are",
+        "add up to 2 over the width by accident. There Kaiming is the start that explodes, and with GIN both do",
         size_of_slope=sizes,
     )
 
