@@ -223,6 +223,9 @@ def ends_lower(lab: Lab) -> Finding:
         test_loss=loss,
         tuned=tuned(lab.n_seeds),
         weights_rescaled={n: [e[2] for e in ends] for n, (_, ends) in compared(lab.n_seeds).items()},
+        note="higher by about 1%, and it is LIR that costs it: later blocks start at half the deviation and 300 steps do not make up "
+        "for that; TVR alone shows no difference. All arms took the largest rate and deviation of the grid, so they learn as "
+        "fast as they can; growth has no time to do harm here, which is what the method is for",
     )
 
 
@@ -238,4 +241,9 @@ def smaller_extremes(lab: Lab) -> Finding:
     largest = {n: [e[1] for e in ends] for n, (_, ends) in compared(lab.n_seeds).items()}
     log = {n: torch.tensor(v).log().tolist() for n, v in largest.items()}
     gaps = {n: lab.effect(log[n], log["GPT-2 rule"]) for n in ARMS if n != "GPT-2 rule"}
-    return judge(gaps["LIR and TVR"].below, log_minus_gpt2_rule=gaps, largest_entry=largest)
+    return judge(
+        gaps["LIR and TVR"].below,
+        log_minus_gpt2_rule=gaps,
+        largest_entry=largest,
+        note="TVR does it; LIR alone makes them larger, by 30%",
+    )

@@ -327,6 +327,10 @@ def learns_faster(lab: Lab) -> Finding:
         last_accuracy={name: row.scores for name, row in rows.items()},
         rates={name: row.rate for name, row in rows.items()},
         teacher_accuracy=accuracy(teacher(), data()[1][:2]),
+        note="well ahead of the truncated normal and of torch's own start, and, other than in the MLP above, of selection without "
+        "consistency; but no more than level with the mimetic start, which it leads up to step 100 and trails from 150 on. That "
+        "start has attention to places built in: with its attention or its sinusoidal places alone a run of seed 0 learnt as "
+        "slowly as from the truncated normal (0.41 and 0.37 to 0.41; with both 0.60)",
     )
 
 
@@ -343,7 +347,14 @@ def adds_to_distillation(lab: Lab) -> Finding:
     alone = ("uniform selection", "truncated normal, distilled")
     gaps = {name: lab.effect(mean["uniform selection, distilled"], mean[name]) for name in alone}
     last = {name: rows[name].scores for name in ("uniform selection, distilled", *alone)}
-    return judge(all(g.above for g in gaps.values()), both_minus=gaps, last_accuracy=last)
+    return judge(
+        all(g.above for g in gaps.values()),
+        both_minus=gaps,
+        last_accuracy=last,
+        note="selection adds much to distillation, distillation nothing to selection. Nor does it add to a truncated normal: "
+        "within 200 steps no student comes near the teacher's 0.89; what its soft labels tell beyond the hard ones is then perhaps "
+        "not yet what they lack",
+    )
 
 
 def draw(lab: Lab) -> None:
