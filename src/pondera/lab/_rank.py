@@ -13,7 +13,7 @@ import torch
 from pondera.errors import BadInput
 from pondera.lab._inspect import STARTS, Inspection, inspect
 from pondera.lab._words import DASH, num, rate, signed
-from pondera.lab.recipe import Recipe, as_recipe, names, parse_choice
+from pondera.lab.recipe import Recipe, as_recipe, material_of, names, parse_choice
 from pondera.lab.task import Batch, Task, batches, load_task
 from pondera.lab.train import START_BATCH, prepare, stream
 
@@ -24,6 +24,7 @@ RATES = 3  # of the task's grid, evenly spread inside it
 STEPS = (8, 60)  # fewest and most of one try
 HELD = 512  # validation examples a try is scored on
 USUAL = ("kaiming_normal", "xavier_normal")  # of torch.nn.init, tried beside our own
+TRAINED = {"examples", "signals"}  # starts that ask for these train before they start: too long for a look
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,12 @@ def rank_starts(
     arms = len(recipes) + 1
     steps = max(STEPS[0], min(STEPS[1], int(0.7 * room / (arms * len(rates) * each))))
     left_out: dict[str, str] = {}
+    if starts is None:
+        slow = [r for r in recipes if TRAINED & set(material_of(parse_choice("init", r.init or "")))]
+        recipes = [r for r in recipes if r not in slow]
+        left_out |= {
+            r.name: "it trains before it starts, which takes longer than a look; compare it instead" for r in slow
+        }
     trials = [_try(task, Recipe(), seed, fit, held, rates, steps, look)]
     for r in recipes:
         if time.perf_counter() - began > seconds:

@@ -204,6 +204,12 @@ def trainings(seeds: tuple[int, ...]) -> dict[str, dict[str, Any]]:
     }
 
 
+NATURAL_RAISES_IT_TOO = (
+    "The claim was first worded 'natural training does not [raise it]'. That part fails: natural training at the same rate "
+    "raised it about 2.5, 22 and 100 times at widths 16, 64 and 256, where IBP training raised it 15, 110 and 870 times, "
+    "to 0.90 and more. The criterion, fixed before, compares only the two. Not looked into: whether lower rates, which natural "
+    "training would choose for itself, raise it less."
+)
 SETTING = (
     "5,000 MNIST digits on 14x14 means of the pixels, three hidden ReLU layers of width 16, 64, 256 from torch's start, eps "
     "0.1, 20 epochs of Adam (eps rises over 8), rate of each width chosen on one grid and two tuning seeds by verified "
@@ -212,7 +218,7 @@ SETTING = (
 
 
 @claim(
-    "IBP training raises the tightness far above its start; natural training does not",
+    "IBP training raises the tightness far above its start, and far above what natural training leaves",
     source="abstract; Fig. on training (recalled)",
     criterion=f"{SETTING}: local tightness of 200 test margins after IBP training at least 3 times its start at each width and "
     "seed, and at each width the 95% interval of log(tightness after IBP) minus log(tightness after natural training) above "
@@ -231,6 +237,7 @@ def rises_with_ibp_training(lab: Lab) -> Finding:
         factor[f"natural {w}"] = [b / a for a, b in zip(natural["start"], natural["end"], strict=True)]
     return judge(
         all(min(factor[w]) >= 3 and gaps[w].low > log(3) for w in WIDTHS),
+        note=NATURAL_RAISES_IT_TOO,
         end_over_start=factor,
         log_ibp_minus_log_natural=gaps,
         by_arm=ends,
