@@ -241,3 +241,47 @@ def luminance(colour: str) -> float:
 def contrast(a: str, b: str) -> float:
     low, high = sorted((luminance(a), luminance(b)))
     return (high + 0.05) / (low + 0.05)
+
+
+# -- the page of findings that inspect writes ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from torch import nn
+
+    from pondera.lab import inspect, rank_starts
+
+    torch.manual_seed(0)
+    net = nn.Sequential(*(m for _ in range(12) for m in (nn.Linear(20, 20), nn.Tanh())), nn.Linear(20, 5))
+    found = inspect(net, torch.randn(64, 20), target=torch.arange(64) % 5)
+    ranking = rank_starts("deep", ["init=lsuv", "init=zero"], seconds=5)
+    return found.report(tmp_path_factory.mktemp("found") / "found.html", ranking, "a <b>plain</b> net")
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_findings_are_drawn_inside_the_page_and_ask_for_nothing(findings: Path, width: int) -> None:
+    driver = open_page(findings, width)
+    try:
+        sent = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+        urls = [
+            m["params"]["request"]["url"]
+            for m in sent
+            if m["method"] == "Network.requestWillBeSent" and m["params"]["documentURL"] == findings.as_uri()
+        ]
+        assert findings.as_uri() in urls
+        assert [u for u in urls if u != findings.as_uri() and not u.startswith(("data:", "blob:"))] == []
+        assert [entry for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+        boxes = driver.execute_script(
+            PLOTS + ".map((p) => [p.id, p.querySelector('svg.main-svg').getBoundingClientRect().toJSON()])"
+        )
+        assert [key for key, _ in boxes] == ["signal", "jacobian", "ntk", "bias"]
+        for _, box in boxes:
+            assert box["left"] >= 0
+            assert box["right"] <= width
+            assert box["width"] > 200
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+        assert driver.execute_script("return document.querySelectorAll('h1 b').length") == 0
+    finally:
+        driver.quit()
