@@ -21,7 +21,7 @@ TASKS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...], tuple[str, ...]]] 
     "digits": ((), "", (), ()),
     "mnist": ((), "", ("convolution_aware",), ()),
     "deep": (("--budget", "150"), "", (), ()),
-    "code": (("--budget", "60", "--rates", "0.001,0.003,0.01,0.03"), "gelu", ("layer_index_rescale",), ()),
+    "code": (("--budget", "60", "--rates", "0.003,0.01"), "gelu", ("layer_index_rescale",), ()),
     "photo": (("--budget", "150"), "sin", ("winner",), ("activation_variance",)),
 }
 
