@@ -191,7 +191,9 @@ def league(folder: Path, what: str) -> str:
         heads = ("Start", "Tuned rate", "Score, 95% interval", "Difference to as built", "Verdict", "Start-up")
         on = ", ".join(f"{k} {v}" for k, v in kept["versions"].items())
         words = " ".join(shlex.quote(w) for w in kept["command"])
-        parts.append(f"### {task}\n\n```text\n{words}\n```\n\n{_table(heads, told)}\n{len(base['scores'])} seeds; {on}.\n")
+        parts.append(
+            f"### {task}\n\n```text\n{words}\n```\n\n{_table(heads, told)}\n{len(base['scores'])} seeds; {on}.\n"
+        )
     return "\n".join(parts)
 
 
