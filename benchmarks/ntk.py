@@ -6,7 +6,6 @@ small run.
 
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -112,10 +111,16 @@ def grown(probe: str, name: str, outputs: int) -> float:
     torch.set_num_threads(1)
     small, x = case(name, 2)
     PROBES[probe](small, x[:2])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     model, x = case(name, outputs)
     PROBES[probe](model, x)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024  # KiB on Linux
+    return (high_water() - before) / 1024
+
+
+def high_water() -> float:
+    """KiB of this program's peak (Linux; getrusage would also count what the parent held before it started this one)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
 if __name__ == "__main__":
