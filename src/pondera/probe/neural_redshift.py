@@ -1,7 +1,7 @@
 """How complex is the function a network computes? Fourier, polynomial and compression measures on a grid of inputs."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -122,7 +122,7 @@ def function_complexity(
     if first is not None:
         x = x.to(first)
     with untouched(model):
-        out = scores(run(model, x.view(-1, *shape), who), who).flatten(1) if total else x
+        out = scores(run(model, x.view(-1, *shape), who), who).flatten(1)
     if len(out) != points**2:
         raise BadInput(f"{who} needs an output an input, got a {describe(out)} for {points**2} inputs")
     if not -out.shape[1] <= output < out.shape[1]:
@@ -137,18 +137,12 @@ def complexity_of(values: Float[Tensor, "points points"]) -> FunctionComplexity:
     return FunctionComplexity(frequency, _degree(values), _lempel_ziv(values), spectrum, values)
 
 
-def random_weights_(
-    model: nn.Module,
-    amplitude: float,
-    *,
-    draw: Callable[[Tensor, float], Any] | None = None,
-    generator: Generator | None = None,
-) -> nn.Module:
+def random_weights_(model: nn.Module, amplitude: float, *, generator: Generator | None = None) -> nn.Module:
     """Draw every owned weight and bias of a model from U(-amplitude, amplitude), in place: the paper's random networks.
 
     Args:
-        model: the model. amplitude: half the width of the interval, above 0. draw: fills a tensor in place instead, given
-            it and the amplitude. generator: source of the draw; None takes torch's default one.
+        model: the model. amplitude: half the width of the interval, above 0. generator: source of the draw; None
+            takes torch's default one.
     Returns: `model`.
     Raises: BadInput: for an amplitude that is not above 0, a model without a weight to draw.
     Paper: Teney, Nicolicioiu, Hartmann and Abbasnejad 2024, arXiv 2403.02241, as the authors' code draws them.
@@ -160,19 +154,13 @@ def random_weights_(
     if not 0 < amplitude < math.inf:
         raise BadInput(f"random_weights_ needs an amplitude above 0, got {amplitude}")
 
-    def fill(t: Tensor) -> None:
-        if draw is not None:
-            draw(t, amplitude)
-        else:
-            t.uniform_(-amplitude, amplitude, generator=generator)
-
     with torch.no_grad():
         for one in require_owned(model, "random_weights_"):
             new = torch.empty_like(one.read())
-            fill(new)
+            new.uniform_(-amplitude, amplitude, generator=generator)
             one.write(new)
             if one.bias is not None:
-                fill(one.bias)
+                one.bias.uniform_(-amplitude, amplitude, generator=generator)
     return model
 
 

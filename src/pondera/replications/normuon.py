@@ -44,7 +44,7 @@ ADAMW = "optim=AdamW(weight_decay=0.0)"
     "Muon's updates move some neurons far more than others; normalising evens them out",
     source="abstract; Sec. 3",
     criterion="spread (standard deviation over mean) of the rows' norms of an update, averaged over the hidden matrices "
-    "of the small GPT after 20 steps: Muon's at least 1.5 times NorMuon's in each of 5 seeds",
+    "of the small GPT after 20 steps: Muon's at least 2 times NorMuon's in each of 5 seeds",
 )
 def rows_are_evened(lab: Lab) -> Finding:
     from pondera.lab.tasks import code
@@ -67,11 +67,12 @@ def rows_are_evened(lab: Lab) -> Finding:
     muon = [spread(lambda g: Muon(g, lr=1e-3), s) for s in lab.seeds]
     ours = [spread(lambda g: NorMuon(g, lr=1e-3, scaling="paper"), s) for s in lab.seeds]
     return judge(
-        all(m >= 1.5 * o for m, o in zip(muon, ours, strict=True)),
+        all(m >= 2 * o for m, o in zip(muon, ours, strict=True)),
         muon=muon,
         normuon=ours,
-        note="the first run's bound was 2 and was met in every seed (2.07 to 2.25); it was lowered so that the text of "
-        "another Python version gives the same verdict. A spread of a tenth is less than the paper's figures suggest",
+        note="Muon's rows are the more uneven by about two, now a little below and now above: an earlier run, on another "
+        "text, had 2.07 to 2.25. For a time the bound stood at 1.5 after that run; it is the first one again. A spread of "
+        "a tenth is less than the paper's figures suggest",
     )
 
 
