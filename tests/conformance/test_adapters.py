@@ -1,0 +1,408 @@
+"""The adapters' contract, run over every configuration `pondera.adapters` exports, by discovery."""
+
+import copy
+import inspect
+import warnings
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+import pondera.adapters
+from pondera.adapters._base import AdapterConfig, AdapterLayer
+from pondera.errors import BadInput
+
+CONFIGS = {
+    name: obj
+    for name, obj in vars(pondera.adapters).items()
+    if inspect.isclass(obj) and issubclass(obj, AdapterConfig) and obj is not AdapterConfig
+}
+# What a method's configuration needs on the small layers used here; its defaults are for large ones.
+SETTINGS: dict[str, dict] = {"TLoraConfig": {"r": 4}}
+
+
+class Mlp(nn.Module):
+    """Every model here takes a timestep, which only T-LoRA looks at."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.act, self.b = nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8, bias=False)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x, timestep=300.0):
+        return self.head(self.b(self.act(self.a(x))))
+
+
+class Conv1DNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Conv1D(16, 12), Conv1D(8, 16)
+        nn.init.normal_(self.a.bias)
+
+    def forward(self, x, timestep=300.0):
+        return self.b(F.gelu(self.a(x)))
+
+
+class ConvNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(4, 8, 3, padding=1, stride=2)
+        self.b = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x, timestep=300.0):
+        return self.b(F.relu(self.a(x))).flatten(1)
+
+
+class EmbeddingNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Embedding(20, 16), nn.Linear(16, 8)
+
+    def forward(self, x, timestep=300.0):
+        return self.b(self.a(x).mean(1))
+
+
+MODELS = {
+    "linear": (Mlp, nn.Linear, ["a", "b"], lambda: torch.randn(5, 12)),
+    "conv1d": (Conv1DNet, Conv1D, ["a", "b"], lambda: torch.randn(2, 3, 12)),
+    "conv2d": (ConvNet, nn.Conv2d, ["a", "b"], lambda: torch.randn(2, 4, 6, 6)),
+    "embedding": (EmbeddingNet, nn.Embedding, ["a"], lambda: torch.randint(20, (3, 4))),
+}
+
+
+def core_of(config):
+    return config.tuner().tuner_layer_cls.core
+
+
+def _pairs():
+    for name, config in CONFIGS.items():
+        for kind, (_, layer, _, _) in MODELS.items():
+            if layer in core_of(config).layers:
+                yield pytest.param(name, kind, id=f"{name}-{kind}")
+
+
+PAIRS = list(_pairs())
+
+
+def make(name, kind, **more):
+    build, _, targets, batch = MODELS[kind]
+    torch.manual_seed(0)
+    model, x = build().eval(), batch()
+    config = CONFIGS[name](target_modules=list(targets), **{**SETTINGS.get(name, {}), **more})
+    return model, config, x
+
+
+def shake(model, amount=0.1, seed=1):
+    """Move every trained number, as training would."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(amount * torch.randn(p.shape, generator=draw).to(p))
+    return model
+
+
+def fixed(model, name, t=300.0):
+    """A merge of T-LoRA needs one timestep; the others do not mind."""
+    import contextlib
+
+    return pondera.adapters.at_timestep(model, t) if name == "TLoraConfig" else contextlib.nullcontext()
+
+
+def close(a, b, tol=1e-5):
+    assert torch.allclose(a, b, atol=tol * max(1.0, b.detach().abs().max().item()), rtol=0), (
+        (a - b).detach().abs().max().item()
+    )
+
+
+def test_something_is_exported():
+    assert CONFIGS
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_identity_at_the_start_and_only_the_adapter_trains(name, kind):
+    model, config, x = make(name, kind)
+    before, weights = model(x), {k: v.clone() for k, v in model.state_dict().items()}
+    adapted = peft.get_peft_model(model, config)
+    close(adapted(x), before)
+    prefix = config.tuner().prefix
+    names = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    assert names
+    assert all(prefix in n for n in names)
+    adapted(x).square().sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapted.parameters() if p.requires_grad)
+    base = {
+        k.replace(".base_layer", ""): v for k, v in adapted.base_model.model.state_dict().items() if prefix not in k
+    }
+    assert all(torch.equal(base[k], v) for k, v in weights.items())
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_merge_equals_forward_and_unmerge_gives_the_same_bits(name, kind):
+    model, config, x = make(name, kind)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    before = model(x)
+    adapted = shake(peft.get_peft_model(model, config))
+    with fixed(adapted, name):
+        wanted = adapted(x)
+        assert not torch.allclose(wanted, before, atol=1e-4)
+        adapted.merge_adapter(safe_merge=True)
+        close(adapted(x), wanted)
+        adapted.unmerge_adapter()
+        close(adapted(x), wanted, 1e-6)
+        layers = [m for m in adapted.modules() if isinstance(m, AdapterLayer)]
+        for layer in layers:
+            delta = layer.get_delta_weight("default")
+            assert delta.shape == layer.get_base_layer().weight.shape
+        plain = adapted.merge_and_unload()
+        close(plain(x), wanted)
+    assert not any(isinstance(m, AdapterLayer) for m in plain.modules())
+    assert set(plain.state_dict()) == set(weights)
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_disable_unload_and_delete_find_the_base_again(name, kind):
+    model, config, x = make(name, kind)
+    before = model(x)
+    adapted = shake(peft.get_peft_model(model, config))
+    after = adapted(x)
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(x), before)
+    assert torch.equal(adapted(x), after)
+    with fixed(adapted, name):
+        adapted.merge_adapter()
+        with adapted.disable_adapter():
+            assert torch.equal(adapted(x), before)
+        adapted.unmerge_adapter()
+    assert torch.equal(adapted.unload()(x), before)
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_saved_and_loaded(name, kind, tmp_path):
+    model, config, x = make(name, kind)
+    base = copy.deepcopy(model)
+    adapted = shake(peft.get_peft_model(model, config))
+    wanted = adapted(x)
+    adapted.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    for low in (False, True):
+        torch.manual_seed(99)
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=low)
+        assert not any(p.is_meta for p in again.parameters())
+        close(again(x), wanted, 1e-6)
+        assert not any(p.requires_grad for p in again.parameters())
+    trainable = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    assert any(p.requires_grad for p in trainable.parameters())
+    assert type(peft.PeftConfig.from_pretrained(tmp_path)) is type(config)
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_two_adapters(name, kind, tmp_path):
+    model, config, x = make(name, kind)
+    before = model(x)
+    adapted = shake(peft.get_peft_model(model, config), seed=1)
+    first = adapted(x)
+    adapted.add_adapter("other", copy.deepcopy(config))
+    assert torch.equal(adapted(x), first)
+    adapted.set_adapter("other")
+    close(adapted(x), before)
+    shake(adapted, seed=2)
+    second = adapted(x)
+    adapted.set_adapter("default")
+    assert torch.equal(adapted(x), first)
+    adapted.base_model.set_adapter(["default", "other"])
+    both = adapted(x)
+    assert not torch.allclose(both, first, atol=1e-5)
+    assert not torch.allclose(both, second, atol=1e-5)
+    with fixed(adapted, name):
+        adapted.merge_adapter(["default", "other"])
+        close(adapted(x), both)
+        adapted.unmerge_adapter()
+    adapted.set_adapter("default")
+    adapted.save_pretrained(tmp_path, selected_adapters=["other"])
+    adapted.delete_adapter("other")
+    assert torch.equal(adapted(x), first)
+    adapted.load_adapter(tmp_path / "other", "third")
+    adapted.set_adapter("third")
+    close(adapted(x), second, 1e-6)
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_half_precision_base(name, kind):
+    model, config, x = make(name, kind)
+    model = model.to(torch.bfloat16)
+    x = x.to(torch.bfloat16) if x.is_floating_point() else x
+    before = model(x)
+    adapted = peft.get_peft_model(model, config)
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+    assert adapted(x).dtype == torch.bfloat16
+    close(adapted(x).float(), before.float(), 2e-2)
+    bits = {n: p.clone() for n, p in adapted.named_parameters()}
+    shake(adapted)
+    with fixed(adapted, name):
+        wanted = adapted(x)
+        adapted.merge_adapter()
+        close(adapted(x).float(), wanted.float(), 5e-2)
+        adapted.unmerge_adapter()
+    assert all(torch.equal(p, bits[n]) for n, p in adapted.named_parameters() if not p.requires_grad)
+    model, config, _ = make(name, kind)
+    half = peft.get_peft_model(model.to(torch.bfloat16), config, autocast_adapter_dtype=False)
+    assert half(x).dtype == torch.bfloat16
+    assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_autocast_and_double(name, kind):
+    model, config, x = make(name, kind)
+    adapted = shake(peft.get_peft_model(model, config))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = adapted(x)
+    close(out.float(), adapted(x), 5e-2)
+    out.float().sum().backward()
+    model, config, x = make(name, kind)
+    wide = peft.get_peft_model(model.double(), config)
+    assert wide(x.double() if x.is_floating_point() else x).dtype == torch.float64
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_deepcopy_is_apart(name, kind):
+    model, config, x = make(name, kind)
+    adapted = shake(peft.get_peft_model(model, config))
+    wanted = adapted(x)
+    twin = copy.deepcopy(adapted)
+    assert torch.equal(twin(x), wanted)
+    shake(twin, seed=5)
+    assert torch.equal(adapted(x), wanted)
+    assert not torch.equal(twin(x), wanted)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_compile_agrees(name):
+    model, config, x = make(name, "linear")
+    adapted = shake(peft.get_peft_model(model, config))
+    wanted = adapted(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast = torch.compile(adapted, backend="aot_eager", fullgraph=True)
+        out = fast(x)
+        close(out, wanted)
+        out.sum().backward()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradient_checkpointing_gives_the_same_gradients(name):
+    from torch.utils.checkpoint import checkpoint
+
+    model, config, x = make(name, "linear")
+    adapted = shake(peft.get_peft_model(model, config))
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    plain = torch.autograd.grad(adapted(x).square().sum(), trained, allow_unused=True)
+    again = torch.autograd.grad(checkpoint(adapted, x, use_reentrant=False).square().sum(), trained, allow_unused=True)
+    assert all((a is None and b is None) or torch.allclose(a, b) for a, b in zip(plain, again))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_modules_to_save_are_trained_and_saved(name, tmp_path):
+    model, config, x = make(name, "linear", modules_to_save=["head"])
+    base = copy.deepcopy(model)
+    adapted = shake(peft.get_peft_model(model, config))
+    wanted = adapted(x)
+    adapted.save_pretrained(tmp_path)
+    close(peft.PeftModel.from_pretrained(base, tmp_path)(x), wanted, 1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_lowers_the_loss(name):
+    model, config, x = make(name, "linear")
+    y = torch.randn(5, 4)
+    adapted = peft.get_peft_model(model, config)
+    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = F.mse_loss(adapted(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_hugging_face_model(name, tmp_path):
+    torch.manual_seed(0)
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)).eval()
+    ids = torch.randint(50, (2, 7))
+    before = gpt(ids).logits
+    config = CONFIGS[name](task_type="CAUSAL_LM", target_modules=["c_attn", "c_proj"], **SETTINGS.get(name, {}))
+    adapted = peft.get_peft_model(gpt, config)
+    with fixed(adapted, name):
+        close(adapted(input_ids=ids).logits, before)
+        shake(adapted, 0.05)
+        wanted = adapted(input_ids=ids).logits
+        assert adapted.generate(input_ids=ids, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (2, 9)
+        close(adapted.merge_and_unload()(ids).logits, wanted)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_same_seed_same_start(name):
+    states = []
+    for _ in range(2):
+        model, config, _ = make(name, "linear")
+        torch.manual_seed(7)
+        states.append(peft.get_peft_model(model, config).state_dict())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_refusals_name_the_layer_and_leave_the_model(name):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, x):
+            return self.norm(x)
+
+    settings = SETTINGS.get(name, {})
+    with pytest.raises(BadInput, match=r"'norm'.*got LayerNorm"):
+        peft.get_peft_model(Odd(), CONFIGS[name](target_modules=["norm"], **settings))
+    grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.raises(BadInput, match="Conv2d|groups"):
+        peft.get_peft_model(grouped, CONFIGS[name](target_modules=["0"], **settings))
+    assert isinstance(grouped[0], nn.Conv2d)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_safe_merge_refuses_nan(name):
+    model, config, x = make(name, "linear")
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.fill_(float("nan"))
+    with fixed(adapted, name), pytest.raises(BadInput, match="NaN"):
+        adapted.merge_adapter(safe_merge=True)
+    assert torch.isfinite(adapted.base_model.model.a.base_layer.weight).all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_rank_above_the_layer_is_refused(name):
+    fields = CONFIGS[name].__dataclass_fields__
+    rank = next((f for f in ("r", "rank") if f in fields), None)
+    if rank is None:
+        pytest.skip(f"{name} has no rank")
+    model, _, _ = make(name, "linear")
+    with pytest.raises(BadInput, match="1000"):
+        peft.get_peft_model(model, CONFIGS[name](target_modules=["a"], **{**SETTINGS.get(name, {}), rank: 1000}))
+    assert type(model.a) is nn.Linear
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_docstring_says_what_users_need(name):
+    doc = inspect.getdoc(CONFIGS[name])
+    assert all(part in doc for part in ("Args:", "Raises:", "Paper:", ">>>")), name
