@@ -1,0 +1,209 @@
+"""What training on a diffusers pipeline needs of it: its denoiser, an image in its space, a prompt, one noisy step.
+
+Three shapes are known: a UNet over the latents of a VAE with one text encoder (Stable Diffusion 1.5) or two (SD-XL), a
+UNet over the pixels themselves (the small base that ships with pondera), and FLUX.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from pondera.errors import BadInput
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention, self and cross
+FLUX_ATTENTION = [*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj"]
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """One pipeline, ready to be trained on.
+
+    name: of the denoiser's attribute, "unet" or "transformer". targets: layers the paper adapts. side: pixels of a
+    square training image. encode: images (n, 3, side, side) in -1..1 to (mean, deviation) of their latents. prompt: a
+    text to the conditioning of one sample. loss: mean squared error of the denoiser on noisy latents.
+    """
+
+    pipe: Any
+    name: str
+    targets: list[str]
+    side: int
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]]
+    prompt: Callable[[str], dict[str, Tensor]]
+    loss: Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return getattr(self.pipe, self.name)
+
+    def draw_times(self, n: int, span: tuple[int, int], generator: Generator) -> Int[Tensor, " n"]:
+        """Timesteps, uniform over span[0] <= t < span[1]."""
+        return torch.randint(span[0], span[1], (n,), generator=generator)
+
+
+def trainable(pipe: Any, resolution: int | None = None) -> Trainable:
+    """Look at a pipeline's parts and say how it is trained; BadInput names what it has if that is not known."""
+    parts = set(getattr(pipe, "components", {}) or {})
+    has = lambda *names: all(getattr(pipe, n, None) is not None for n in names)  # noqa: E731
+    if "transformer" in parts and type(pipe.transformer).__name__ == "FluxTransformer2DModel" and has("vae"):
+        return _flux(pipe, resolution)
+    if "unet" in parts and type(pipe.unet).__name__ == "UNet2DConditionModel" and has("text_encoder", "tokenizer"):
+        if "vae" in parts and has("vae"):
+            return _stable_diffusion(pipe, resolution, two="text_encoder_2" in parts)
+        return _pixels(pipe, resolution)
+    raise BadInput(
+        "customize knows Stable Diffusion, SD-XL and FLUX pipelines and pondera's own small base, got "
+        f"{type(pipe).__name__} with {', '.join(sorted(parts)) or 'no parts'}"
+    )
+
+
+def _noise_schedule(pipe: Any) -> Any:
+    from diffusers import DDPMScheduler
+
+    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    if schedule.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise BadInput(
+            f"the base predicts {schedule.config.prediction_type!r}; epsilon, v_prediction or sample is known"
+        )
+    return schedule
+
+
+def _unet_loss(pipe: Any) -> Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]:
+    schedule = _noise_schedule(pipe)
+
+    def loss(latents: Tensor, noise: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        noisy = schedule.add_noise(latents, noise, t)
+        more = {k: v for k, v in condition.items() if k != "encoder_hidden_states"}
+        found = pipe.unet(
+            noisy, t, condition["encoder_hidden_states"], **({"added_cond_kwargs": more} if more else {})
+        ).sample
+        kind = schedule.config.prediction_type
+        target = {"epsilon": noise, "sample": latents}.get(kind)
+        if target is None:
+            target = schedule.get_velocity(latents, noise, t)
+        return F.mse_loss(found.float(), target.float())
+
+    return loss
+
+
+def _side(pipe: Any, resolution: int | None, default: int, step: int) -> int:
+    side = default if resolution is None else resolution
+    if side < step or side % step:
+        raise BadInput(f"resolution must be a multiple of {step} for {type(pipe).__name__}, got {side}")
+    return side
+
+
+def _pixels(pipe: Any, resolution: int | None) -> Trainable:
+    step = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+
+    def prompt(text: str) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": pipe.encode_prompt([text])}
+
+    return Trainable(
+        pipe, "unet", ATTENTION, _side(pipe, resolution, pipe.unet.config.sample_size, step),
+        lambda images: (images, torch.zeros_like(images)), prompt, _unet_loss(pipe),
+    )  # fmt: skip
+
+
+def _stable_diffusion(pipe: Any, resolution: int | None, *, two: bool) -> Trainable:
+    vae, factor = pipe.vae, pipe.vae_scale_factor
+    step = factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    side = _side(pipe, resolution, pipe.unet.config.sample_size * factor, step)
+
+    def encode(images: Tensor) -> tuple[Tensor, Tensor]:
+        law = vae.encode(images.to(vae.dtype)).latent_dist
+        return law.mean * vae.config.scaling_factor, law.std * vae.config.scaling_factor
+
+    def prompt(text: str) -> dict[str, Tensor]:
+        device = pipe.unet.device
+        if not two:
+            return {"encoder_hidden_states": pipe.encode_prompt(text, device, 1, False)[0]}
+        states, _, pooled, _ = pipe.encode_prompt(text, device=device, do_classifier_free_guidance=False)
+        ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=states.dtype, device=device)
+        return {"encoder_hidden_states": states, "text_embeds": pooled, "time_ids": ids}
+
+    return Trainable(pipe, "unet", ATTENTION, side, encode, prompt, _unet_loss(pipe))
+
+
+def _flux(pipe: Any, resolution: int | None) -> Trainable:
+    vae, transformer = pipe.vae, pipe.transformer
+    side = _side(pipe, resolution, pipe.default_sample_size * pipe.vae_scale_factor, pipe.vae_scale_factor * 2)
+
+    def encode(images: Tensor) -> tuple[Tensor, Tensor]:
+        law, c = vae.encode(images.to(vae.dtype)).latent_dist, vae.config
+        return (law.mean - c.shift_factor) * c.scaling_factor, law.std * c.scaling_factor
+
+    def prompt(text: str) -> dict[str, Tensor]:
+        states, pooled, ids = pipe.encode_prompt(prompt=text, prompt_2=None, device=transformer.device)
+        return {"encoder_hidden_states": states, "pooled_projections": pooled, "txt_ids": ids}
+
+    def loss(latents: Tensor, noise: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """Rectified flow: x_s = (1 - s) x + s noise, s = (t + 1) / 1000, and the velocity noise - x is predicted."""
+        n, c, h, w = latents.shape
+        share = ((t + 1).to(latents) / pipe.scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)
+        noisy = (1 - share) * latents + share * noise
+        guided = transformer.config.guidance_embeds
+        found = transformer(
+            hidden_states=pipe._pack_latents(noisy, n, c, h, w),
+            timestep=share.flatten(),
+            guidance=torch.ones(n, device=latents.device, dtype=latents.dtype) if guided else None,
+            encoder_hidden_states=condition["encoder_hidden_states"],
+            pooled_projections=condition["pooled_projections"],
+            txt_ids=condition["txt_ids"],
+            img_ids=pipe._prepare_latent_image_ids(n, h // 2, w // 2, latents.device, latents.dtype),
+        ).sample
+        return F.mse_loss(found.float(), pipe._pack_latents(noise - latents, n, c, h, w).float())
+
+    return Trainable(pipe, "transformer", FLUX_ATTENTION, side, encode, prompt, loss)
+
+
+def repeat(condition: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+    """The conditioning of one sample, for n of them; FLUX's text ids have no batch."""
+    return {k: v if k == "txt_ids" else v.expand(n, *v.shape[1:]) for k, v in condition.items()}
+
+
+def square(image: Any, side: int) -> Float[Tensor, "3 side side"]:
+    """The centre square of a PIL image, resized by Lanczos, in -1..1."""
+    import numpy
+    from PIL import Image
+
+    width, height = image.size
+    edge = min(width, height)
+    left, top = (width - edge) // 2, (height - edge) // 2
+    box = image.convert("RGB").crop((left, top, left + edge, top + edge))
+    if edge != side:
+        box = box.resize((side, side), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(numpy.asarray(box, dtype=numpy.float32).copy())
+    return pixels.permute(2, 0, 1) / 127.5 - 1
+
+
+def images_of(given: Any, side: int) -> Float[Tensor, "n 3 side side"]:
+    """Paths or PIL images, one or several, as a batch; BadInput names the one that is not an image."""
+    from pathlib import Path
+
+    from PIL import Image, UnidentifiedImageError
+
+    many: Sequence[Any] = given if isinstance(given, list | tuple) else [given]
+    if not many:
+        raise BadInput("customize needs at least one image, got none")
+    squares = []
+    for one in many:
+        if isinstance(one, str | Path):
+            path = Path(one)
+            if not path.is_file():
+                raise BadInput(f"{path} is not an image: there is no such file")
+            try:
+                with Image.open(path) as opened:
+                    opened.load()
+                    squares.append(square(opened, side))
+            except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as e:
+                raise BadInput(f"{path} is not an image that can be read ({e})") from e
+        elif isinstance(one, Image.Image):
+            squares.append(square(one, side))
+        else:
+            raise BadInput(f"customize takes images as paths or PIL images, got {type(one).__name__}")
+    return torch.stack(squares)

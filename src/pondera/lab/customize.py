@@ -1,0 +1,480 @@
+"""One image to a custom diffusion model: train an adapter (T-LoRA by default) on a pipeline, save it, sample with it."""
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from pondera.errors import BadInput
+
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ADAPTER = "custom"
+_LATEST = "unfinished"  # folder of the checkpoint a stopped run goes on from
+_KEYS = "base_model.model."  # PEFT's prefix of saved tensors
+
+
+@dataclass(frozen=True)
+class Customized:
+    """What `customize` did.
+
+    folder: where everything lies. steps: optimizer steps in all. resumed_at: the step a stopped run went on from, 0 for
+    a run in one go. losses: one a step of this run. trainable: trained numbers. seconds: of training, this run. samples:
+    the images drawn, one list a prompt.
+    """
+
+    folder: Path
+    steps: int
+    resumed_at: int
+    losses: Tensor
+    trainable: int
+    seconds: float
+    samples: dict[str, list[Path]] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """In plain words."""
+        gone_on = f", going on from step {self.resumed_at}" if self.resumed_at else ""
+        drawn = sum(len(v) for v in self.samples.values())
+        half = max(len(self.losses) // 2, 1)
+        first, last = (float(x.mean()) if len(x) else math.nan for x in (self.losses[:half], self.losses[half:]))
+        return (
+            f"{self.steps} steps on {self.trainable:,} numbers in {self.seconds:.0f} s{gone_on}; loss {first:.4f} in the first"
+            f" half, {last:.4f} in the second; {drawn} samples; all in {self.folder}"
+        )
+
+
+def customize(
+    base: Any,
+    image: Any,
+    name: str,
+    out: str | Path,
+    *,
+    template: str = "a photo of {}",
+    prompts: Sequence[str] = (),
+    adapter: Any | None = None,
+    r: int = 64,
+    r_min: int | None = None,
+    steps: int = 800,
+    rate: float = 1e-4,
+    batch: int = 1,
+    timesteps: tuple[int, int] | None = None,
+    resolution: int | None = None,
+    precision: str = "no",
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+    save_every: int = 100,
+    per_prompt: int = 4,
+    sampling_steps: int = 25,
+    guidance: float = 5.0,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> Customized:
+    """Teach a diffusion pipeline one concept from one image.
+
+    What it leaves in `out`: ``adapter_config.json`` and ``adapter_model.safetensors`` (PEFT's format; `load_customized`
+    puts them back on a pipeline), ``pytorch_lora_weights.safetensors`` (T-LoRA without its mask, or a LoRA, which any
+    diffusers pipeline loads by ``load_lora_weights(out)``), ``customization.json`` (what was asked, losses), and with
+    prompts ``samples/`` and ``grid.png``. A run stopped at any moment goes on where its last checkpoint was when called
+    again in the same words, and ends in the same adapter as a run in one go.
+
+    Args:
+        base: a diffusers pipeline, or the folder of one. Shapes of Stable Diffusion 1.5, SD-XL, FLUX, and the small
+            base of `pondera.lab.glyphs`. A pipeline given as an object is left with the trained adapter on it.
+        image: path or PIL image; a list if there are a few of the same concept. The centre square is used.
+        name: the concept's name in prompts, a rare word and a class: "sks dog".
+        out: folder to write; new, or one where the same run was stopped.
+        template: the training prompt, ``{}`` stands for the name.
+        prompts: what to draw when trained; ``{}`` stands for the name.
+        adapter: a PEFT configuration; by default `TLoraConfig` with `r` and `r_min` on the layers of the paper.
+        r, r_min: of the default adapter; 64 and r // 2 (the paper's SD-XL runs). Lowered to the smallest adapted layer.
+        steps, rate, batch: 800, 1e-4 and 1 (the authors' README); AdamW with decay 1e-4, constant rate, no clipping.
+        timesteps: train on t in this span only, of 0..T-1; all by default.
+        resolution: pixels of the square training image; by default what the denoiser was built for.
+        precision: "no", "bf16" or "fp16" (a GPU only): autocast; the adapter itself stays in float32.
+        gradient_checkpointing: keep fewer activations, compute them twice.
+        seed: of the adapter's start, the noise and the timesteps.
+        save_every: steps between checkpoints.
+        per_prompt, sampling_steps, guidance: of the samples; 25 steps and 5.0 (the authors' SD-XL settings).
+        device: by default a GPU if there is one.
+        progress: show a bar.
+
+    Returns: `Customized`; its ``.summary()`` says it in words.
+    Raises:
+        BadInput: a base that is not a pipeline that can be trained, something that is not an image, an `out` that holds
+            another or a finished customization, settings that make no sense. Nothing is written then.
+    Paper: Soboleva et al. 2025, arXiv 2507.05964.
+
+    >>> from PIL import Image
+    >>> customize("no/such/folder", Image.new("RGB", (8, 8)), "sks dog", "out")
+    Traceback (most recent call last):
+    ...
+    pondera.errors.BadInput: base no/such/folder is not a pipeline: there is no such folder
+    """
+    from pondera.lab._denoisers import images_of, repeat, trainable
+
+    _check(name, template, steps, rate, batch, precision, save_every, per_prompt)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if precision == "fp16" and where.type == "cpu":
+        raise BadInput("fp16 training needs a GPU; on a CPU use precision 'bf16' or 'no'")
+    pipe = load_base(base, PRECISIONS[precision])
+    made = trainable(pipe, resolution)
+    pixels = images_of(image, made.side)
+    horizon = int(pipe.scheduler.config.num_train_timesteps)
+    span = timesteps or (0, horizon)
+    if not 0 <= span[0] < span[1] <= horizon:
+        raise BadInput(f"timesteps needs 0 <= first < last <= {horizon}, got {span}")
+    config = adapter if adapter is not None else _default_adapter(made, r, r_min)
+    if config.target_modules is None:
+        config.target_modules = set(made.targets)
+
+    folder = Path(out)
+    asked = {
+        "name": name, "template": template, "steps": steps, "rate": rate, "batch": batch, "timesteps": list(span),
+        "side": made.side, "precision": precision, "seed": seed, "base": type(pipe).__name__,
+        "image": hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16],
+        "adapter": _plain({k: v for k, v in config.to_dict().items() if v is not None and k != "revision"}),
+    }  # fmt: skip
+    _claim(folder, asked)
+
+    pipe.to(where)
+    denoiser = made.denoiser
+    denoiser.requires_grad_(False)
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        if getattr(pipe, part, None) is not None:
+            getattr(pipe, part).requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if ADAPTER in getattr(denoiser, "peft_config", {}):
+            denoiser.delete_adapters(ADAPTER)
+        denoiser.add_adapter(config, ADAPTER)
+    if gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    trained = [p for p in denoiser.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
+    scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
+    with torch.no_grad():
+        mean, deviation = made.encode(pixels.to(where))
+        condition = {k: v.to(where) for k, v in made.prompt(template.format(name)).items()}
+    draw = Generator().manual_seed(seed)
+    _begin(folder, asked)
+    begun = _go_on(folder, denoiser, optimizer, draw)
+
+    losses = torch.full((steps - begun,), math.nan)
+    started, denoiser_mode = time.perf_counter(), denoiser.training
+    denoiser.train()
+    with _bar(progress, steps, begun) as advance:
+        for step in range(begun, steps):
+            rows = torch.randint(len(mean), (batch,), generator=draw)
+            t = made.draw_times(batch, span, draw).to(where)
+            noise, wobble = (
+                torch.randn(batch, *mean.shape[1:], generator=draw).to(where, mean.dtype) for _ in range(2)
+            )
+            latents = mean[rows] + deviation[rows] * wobble
+            with _autocast(where, precision):
+                loss = made.loss(latents, noise, t, repeat(condition, batch))
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise BadInput(
+                    f"the loss became {value} at step {step}: lower the rate ({rate:g}) or use another precision "
+                    f"({precision}); the last checkpoint is kept in {folder}"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses[step - begun] = value
+            advance(value)
+            if (step + 1) % save_every == 0 and step + 1 < steps:
+                _checkpoint(folder, asked, denoiser, optimizer, draw, step + 1)
+    seconds = time.perf_counter() - started
+    denoiser.train(denoiser_mode)
+    if gradient_checkpointing:
+        denoiser.disable_gradient_checkpointing()
+
+    _save(folder, made.name, denoiser, config, {**asked, "loss_of_last_quarter": _mean(losses[-max(steps // 4, 1) :])})
+    shutil.rmtree(folder / _LATEST, ignore_errors=True)
+    samples = draw_samples(
+        pipe, [p.format(name) for p in prompts], folder, per_prompt=per_prompt, steps=sampling_steps, guidance=guidance,
+        side=made.side, seed=seed,
+    )  # fmt: skip
+    return Customized(folder, steps, begun, losses, sum(p.numel() for p in trained), seconds, samples)
+
+
+def load_customized(pipe: Any, folder: str | Path, *, adapter_name: str = ADAPTER) -> Any:
+    """Put a customization back on a pipeline of the same base, mask and all; returns the pipeline.
+
+    Raises: BadInput: if `folder` holds no finished customization or its tensors do not fit the pipeline.
+    """
+    import peft
+    from peft.utils import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    import pondera.adapters  # noqa: F401  PEFT must know our methods before it reads the configuration
+    from pondera.lab._denoisers import trainable
+
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise BadInput(f"{folder} holds no finished customization: adapter_config.json and adapter_model.safetensors")
+    made = trainable(pipe)
+    config = peft.PeftConfig.from_pretrained(folder)
+    try:
+        made.denoiser.add_adapter(config, adapter_name)
+        found: Any = set_peft_model_state_dict(
+            made.denoiser, load_file(folder / "adapter_model.safetensors"), adapter_name=adapter_name
+        )
+    except (RuntimeError, ValueError) as e:
+        raise BadInput(f"the customization in {folder} does not fit this {type(pipe).__name__}: {e}") from e
+    if found.unexpected_keys:
+        raise BadInput(f"the customization in {folder} has tensors this pipeline lacks: {found.unexpected_keys[:3]}")
+    made.denoiser.requires_grad_(False)
+    return pipe
+
+
+def load_base(base: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A diffusers pipeline from a folder (or the pipeline itself); BadInput in one sentence if it is none."""
+    from diffusers import DiffusionPipeline
+
+    if isinstance(base, DiffusionPipeline):
+        return base
+    if not isinstance(base, str | Path):
+        raise BadInput(f"base must be a diffusers pipeline or its folder, got {type(base).__name__}")
+    folder = Path(base)
+    if not folder.is_dir():
+        raise BadInput(f"base {folder} is not a pipeline: there is no such folder")
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise BadInput(f"base {folder} is not a pipeline: it has no model_index.json")
+    kind = {} if dtype == torch.float32 else {"torch_dtype": dtype}
+    try:
+        if json.loads(index.read_text()).get("_class_name") == "GlyphPipeline":
+            from pondera.lab.glyphs import GlyphPipeline
+
+            return GlyphPipeline.from_pretrained(folder, **kind)
+        return DiffusionPipeline.from_pretrained(folder, local_files_only=True, **kind)
+    except Exception as e:  # whatever a broken folder makes diffusers, transformers or safetensors raise
+        raise BadInput(
+            f"base {folder} is not a pipeline that loads: {type(e).__name__}: {str(e).splitlines()[0]}"
+        ) from e
+
+
+def draw_samples(
+    pipe: Any,
+    prompts: Sequence[str],
+    folder: Path,
+    *,
+    per_prompt: int,
+    steps: int,
+    guidance: float,
+    side: int,
+    seed: int,
+) -> dict[str, list[Path]]:
+    """Draw `per_prompt` images a prompt into folder/samples, and all of them, a row a prompt, into folder/grid.png."""
+    from diffusers.utils import make_image_grid
+
+    if not prompts:
+        return {}
+    (folder / "samples").mkdir(exist_ok=True)
+    pipe.set_progress_bar_config(disable=True)
+    size = {} if not hasattr(pipe, "vae") else {"height": side, "width": side}
+    found: dict[str, list[Path]] = {}
+    pictures = []
+    for row, prompt in enumerate(prompts):
+        generator = Generator().manual_seed(seed + row)
+        images = pipe(
+            prompt, num_inference_steps=steps, guidance_scale=guidance, num_images_per_prompt=per_prompt,
+            generator=generator, **size,
+        ).images  # fmt: skip
+        pictures += images
+        found[prompt] = [folder / "samples" / f"{row:02d}-{i}.png" for i in range(per_prompt)]
+        for image, path in zip(images, found[prompt]):
+            image.save(path)
+    shown = [p if min(p.size) >= 64 else p.resize((p.width * 4, p.height * 4), 0) for p in pictures]
+    make_image_grid(shown, rows=len(prompts), cols=per_prompt).save(folder / "grid.png")
+    return found
+
+
+# -- inside -----------------------------------------------------------------------------------------------------------
+
+
+def _check(name: str, template: str, steps: int, rate: float, batch: int, precision: str, every: int, per: int) -> None:
+    if not name.strip():
+        raise BadInput("customize needs a name for the concept, such as 'sks dog'; got an empty one")
+    if template.count("{}") != 1:
+        raise BadInput(f"template needs one {{}} where the name stands, got {template!r}")
+    for what, value in (("steps", steps), ("batch", batch), ("save_every", every), ("per_prompt", per)):
+        if not isinstance(value, int) or value < 1:
+            raise BadInput(f"customize needs {what} of at least 1, got {value!r}")
+    if not rate > 0 or not math.isfinite(rate):
+        raise BadInput(f"customize needs a rate above 0, got {rate!r}")
+    if precision not in PRECISIONS:
+        raise BadInput(f"precision is one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def _default_adapter(made: Any, r: int, r_min: int | None) -> Any:
+    """T-LoRA as in the paper; FLUX gets the vanilla start, which the paper uses there. r is cut to the smallest layer."""
+    from torch import nn
+
+    from pondera.adapters import TLoraConfig
+
+    sides = [
+        min(m.weight.shape)
+        for n, m in made.denoiser.named_modules()
+        if isinstance(m, nn.Linear) and any(n == t or n.endswith("." + t) for t in made.targets)
+    ]
+    if not sides:
+        raise BadInput(f"{type(made.denoiser).__name__} has no layers named {', '.join(made.targets)}")
+    rank = min(r, *sides)
+    start = "lora" if made.name == "transformer" else "ortho"
+    least = None if r_min is None else min(r_min, rank)
+    return TLoraConfig(r=rank, r_min=least, start=start, target_modules=list(made.targets))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in sorted(value.items())}
+    if isinstance(value, set | tuple | list):
+        return sorted((_plain(v) for v in value), key=str) if isinstance(value, set) else [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(getattr(value, "value", value))
+
+
+def _claim(folder: Path, asked: dict[str, Any]) -> None:
+    """Refuse a folder that holds something else; otherwise make it."""
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"out {folder} is a file, a folder was needed")
+    if (folder / "customization.json").exists():
+        raise BadInput(f"{folder} already holds a finished customization; name another folder, or remove it")
+    note = folder / _LATEST / "asked.json"
+    if note.exists():
+        before = json.loads(note.read_text())
+        other = sorted(k for k in asked if before.get(k) != asked[k])
+        if other:
+            raise BadInput(
+                f"{folder} holds a stopped run with other settings ({', '.join(other)}); call it in the same words to go "
+                "on, or name another folder"
+            )
+    elif folder.is_dir() and any(p.name != _LATEST and not p.name.startswith(".") for p in folder.iterdir()):
+        raise BadInput(f"out {folder} is not empty and holds no customization; name a new folder")
+
+
+def _begin(folder: Path, asked: dict[str, Any]) -> None:
+    """Make the folder, and note in it what was asked, so that a run stopped at any moment can be called again."""
+    (folder / _LATEST).mkdir(parents=True, exist_ok=True)
+    if not (folder / _LATEST / "asked.json").exists():
+        _atomically(folder / _LATEST / "asked.json", lambda p: p.write_text(json.dumps(asked)))
+
+
+def _state(denoiser: Any) -> dict[str, Tensor]:
+    from peft.utils import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
+    return {k: v.detach().to("cpu").contiguous() for k, v in found.items()}
+
+
+def _checkpoint(folder: Path, asked: dict[str, Any], denoiser: Any, optimizer: Any, draw: Generator, step: int) -> None:
+    """Everything a stopped run needs, in a folder that appears whole by one rename."""
+    fresh, old = folder / f".{_LATEST}-new", folder / f".{_LATEST}-old"
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir()
+    (fresh / "asked.json").write_text(json.dumps(asked))
+    torch.save(
+        {"step": step, "adapter": _state(denoiser), "optimizer": optimizer.state_dict(), "draw": draw.get_state()},
+        fresh / "state.pt",
+    )
+    latest = folder / _LATEST
+    if latest.exists():
+        latest.rename(old)
+    fresh.rename(latest)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _go_on(folder: Path, denoiser: Any, optimizer: Any, draw: Generator) -> int:
+    """Load the checkpoint of a stopped run, if there is one; the step to go on from."""
+    from peft.utils import set_peft_model_state_dict
+
+    latest, old = folder / _LATEST, folder / f".{_LATEST}-old"
+    if not latest.exists() and (old / "state.pt").exists():  # killed between the two renames
+        old.rename(latest)
+    if not (latest / "state.pt").exists():
+        return 0
+    try:
+        state = torch.load(latest / "state.pt", weights_only=True)
+    except Exception as e:
+        raise BadInput(f"the checkpoint in {latest} cannot be read ({e}); remove it to begin again") from e
+    set_peft_model_state_dict(denoiser, state["adapter"], adapter_name=ADAPTER)
+    optimizer.load_state_dict(state["optimizer"])
+    draw.set_state(state["draw"])
+    return int(state["step"])
+
+
+def _save(folder: Path, part: str, denoiser: Any, config: Any, note: dict[str, Any]) -> None:
+    """The adapter in PEFT's format, as plain LoRA factors where it has them, and last the note that says it is whole."""
+    from safetensors.torch import save_file
+
+    from pondera.adapters.t_lora import TLoraConfig, plain_lora
+
+    state = _state(denoiser)
+    config = copy.copy(config)
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    _atomically(folder / "adapter_model.safetensors", lambda p: save_file({_KEYS + k: v for k, v in state.items()}, p))
+    factors: dict[str, Tensor] = {}
+    if isinstance(config, TLoraConfig):
+        factors = {k: v.to("cpu") for k, v in plain_lora(denoiser, adapter_name=ADAPTER).items()}
+    elif str(getattr(config.peft_type, "value", config.peft_type)) == "LORA" and config.lora_alpha == config.r:
+        factors = state
+    if factors:
+        named = {f"{part}.{k}": v.contiguous() for k, v in factors.items()}
+        _atomically(
+            folder / "pytorch_lora_weights.safetensors", lambda p: save_file(named, p, metadata={"format": "pt"})
+        )
+    _atomically(folder / "customization.json", lambda p: p.write_text(json.dumps(note, indent=1) + "\n"))
+
+
+def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    beside = path.with_name("." + path.name)
+    write(beside)
+    beside.replace(path)
+
+
+def _mean(x: Tensor) -> float | None:
+    x = x[torch.isfinite(x)]
+    return round(float(x.mean()), 6) if len(x) else None
+
+
+def _autocast(where: torch.device, precision: str) -> Any:
+    return contextlib.nullcontext() if precision == "no" else torch.autocast(where.type, PRECISIONS[precision])
+
+
+@contextlib.contextmanager
+def _bar(show: bool, steps: int, begun: int) -> Any:
+    if not show:
+        yield lambda loss: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        "training",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as bars:
+        task = bars.add_task("training", total=steps, completed=begun, loss="-")
+        recent: list[float] = []
+
+        def advance(loss: float) -> None:
+            recent.append(loss)
+            bars.update(task, advance=1, loss=f"{sum(recent[-20:]) / len(recent[-20:]):.4f}")
+
+        yield advance

@@ -1,0 +1,239 @@
+"""One image to an adapter, on tiny pipelines of the shapes people use; stopped, gone on with, saved, loaded, refused."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import peft
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from pondera.adapters import TLoraConfig, at_timestep
+from pondera.errors import BadInput
+from pondera.lab.customize import customize, load_base, load_customized
+
+from .pipelines import PIPELINES
+
+IMAGE = Image.effect_mandelbrot((40, 32), (-2, -1, 1, 1), 50)
+SMALL = {"steps": 2, "r": 4, "resolution": 32, "per_prompt": 2, "sampling_steps": 2}
+
+
+def pixels(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        "a sks dog on the moon", num_inference_steps=2, height=32, width=32, output_type="np",
+        generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_trained_saved_loaded_and_sampled(kind, tmp_path):
+    PIPELINES[kind]().save_pretrained(tmp_path / "base")
+    IMAGE.save(tmp_path / "dog.png")
+    done = customize(
+        tmp_path / "base", tmp_path / "dog.png", "sks dog", tmp_path / "out", prompts=["a {} on the moon"],
+        **{**SMALL, "rate": 1e-2},
+    )  # fmt: skip
+    assert len(done.losses) == 2
+    assert torch.isfinite(done.losses).all()
+    assert [p.name for p in done.samples["a sks dog on the moon"]] == ["00-0.png", "00-1.png"]
+    assert Image.open(tmp_path / "out" / "grid.png").size == (256, 128)
+    assert "2 steps" in done.summary()
+    note = json.loads((tmp_path / "out" / "customization.json").read_text())
+    assert note["name"] == "sks dog"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "customization.json", "grid.png",
+        "pytorch_lora_weights.safetensors", "samples",
+    ]  # fmt: skip
+
+    plain, masked, lora = PIPELINES[kind](), PIPELINES[kind](), PIPELINES[kind]()
+    before = pixels(plain)
+    load_customized(masked, tmp_path / "out")
+    after = pixels(masked)
+    assert numpy.abs(after - before).max() > 1e-4
+    lora.load_lora_weights(tmp_path / "out")  # diffusers' own door: no mask, as at t = 0
+    denoiser = masked.transformer if kind == "flux" else masked.unet
+    with at_timestep(denoiser, 0):
+        assert numpy.abs(pixels(lora) - pixels(masked)).max() < 1e-3
+
+
+def test_the_pipeline_given_is_the_pipeline_trained(tmp_path):
+    pipe = PIPELINES["sd15"]()
+    before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    customize(pipe, IMAGE, "sks dog", tmp_path / "out", **{**SMALL, "rate": 1e-2})
+    again = load_customized(PIPELINES["sd15"](), tmp_path / "out")
+    assert numpy.abs(pixels(pipe) - pixels(again)).max() < 1e-5
+    after = {k.replace(".base_layer", ""): v for k, v in pipe.unet.state_dict().items() if "pondera" not in k}
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert not pipe.unet.training
+
+
+def test_a_unet_alone_as_a_peft_model(tmp_path):
+    pipe = PIPELINES["sd15"]()
+    customize(pipe, IMAGE, "sks dog", tmp_path / "out", **{**SMALL, "rate": 1e-2})
+    alone = peft.PeftModel.from_pretrained(PIPELINES["sd15"]().unet, tmp_path / "out")
+    x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 5, 32)
+    assert torch.allclose(alone(x, 20, text).sample, pipe.unet(x, 20, text).sample, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"gradient_checkpointing": True}, {"batch": 3}])
+def test_options_train_too(options, tmp_path):
+    done = customize(PIPELINES["sd15"](), [IMAGE, IMAGE.rotate(90)], "sks dog", tmp_path / "out", **SMALL, **options)
+    assert torch.isfinite(done.losses).all()
+
+
+def test_gradient_checkpointing_trains_the_same_adapter(tmp_path):
+    for name, on in (("a", False), ("b", True)):
+        customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / name, **SMALL, gradient_checkpointing=on)
+    a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
+def test_the_span_of_timesteps_is_kept_to(tmp_path):
+    from pondera.adapters.t_lora import Clock
+
+    seen = []
+    before = Clock.__call__
+
+    def watched(self, *args):
+        before(self, *args)
+        seen.extend(self.now.tolist())
+
+    Clock.__call__ = watched
+    try:
+        customize(
+            PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "o", **{**SMALL, "steps": 20}, timesteps=(800, 1000)
+        )
+    finally:
+        Clock.__call__ = before
+    assert len(seen) == 20
+    assert all(800 <= t < 1000 for t in seen)
+    assert len(set(seen)) > 10
+
+
+def test_another_adapter_of_peft(tmp_path):
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"])
+    customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "out", adapter=config, **{**SMALL, "rate": 1e-2})
+    pipe, other = load_customized(PIPELINES["sd15"](), tmp_path / "out"), PIPELINES["sd15"]()
+    other.load_lora_weights(tmp_path / "out")
+    assert numpy.abs(pixels(pipe) - pixels(other)).max() < 1e-5
+
+
+KILLED = """
+import contextlib, os, signal, sys
+sys.path.insert(0, {tests!r})
+from PIL import Image
+from pipelines import PIPELINES
+from pondera.lab import customize as module
+
+@contextlib.contextmanager
+def fatal(show, steps, begun):
+    count = [begun]
+    def advance(loss):
+        count[0] += 1
+        if count[0] == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+    yield advance
+
+module._bar = fatal
+image = Image.effect_mandelbrot((40, 32), (-2, -1, 1, 1), 50)
+module.customize(PIPELINES["sd15"](), image, "sks dog", {out!r}, steps=7, save_every=2, r=4, resolution=32)
+"""
+
+
+def test_killed_and_called_again_it_ends_in_the_same_adapter(tmp_path):
+    words = {"steps": 7, "save_every": 2, "r": 4, "resolution": 32}
+    customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "whole", **words)
+    code = KILLED.format(tests=str(Path(__file__).parent), out=str(tmp_path / "cut"))
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
+    with pytest.raises(BadInput, match=r"stopped run with other settings \(steps\)"):
+        customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "cut", **{**words, "steps": 8})
+    done = customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "cut", **words)
+    assert (done.resumed_at, len(done.losses)) == (4, 3)
+    a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not any(p.name.startswith((".", "unfinished")) for p in (tmp_path / "cut").iterdir())
+
+
+def test_the_same_seed_gives_the_same_bits_and_leaves_the_global_generator(tmp_path):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "a", **SMALL)
+    torch.manual_seed(4)
+    customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "b", **SMALL)
+    a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert before is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"image": "no.png"}, "no.png is not an image: there is no such file"),
+        ({"image": __file__}, "test_customize.py is not an image that can be read"),
+        ({"image": 3}, "paths or PIL images, got int"),
+        ({"image": []}, "at least one image, got none"),
+        ({"name": " "}, "needs a name"),
+        ({"template": "a photo"}, "template needs one {}"),
+        ({"steps": 0}, "steps of at least 1, got 0"),
+        ({"rate": 0.0}, "rate above 0"),
+        ({"precision": "int8"}, "precision is one of no, bf16, fp16"),
+        ({"precision": "fp16", "device": "cpu"}, "fp16 training needs a GPU"),
+        ({"resolution": 30}, "multiple of 4"),
+        ({"timesteps": (900, 2000)}, "0 <= first < last <= 1000"),
+        ({"adapter": TLoraConfig(r=64)}, "r from 1 to"),
+        ({"adapter": TLoraConfig(r=4, target_modules=["nothing"])}, "nothing"),
+    ],
+)
+def test_refused_before_anything_is_written(change, says, tmp_path):
+    words = {"base": PIPELINES["sd15"](), "image": IMAGE, "name": "sks dog", "out": tmp_path / "out", **SMALL, **change}
+    with pytest.raises((BadInput, ValueError), match=says.replace("{", r"\{").replace("(", r"\(")):
+        customize(**words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_refused_bases(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model_index.json").write_text(
+        '{"_class_name": "StableDiffusionPipeline", "unet": ["x", "Y"]}'
+    )
+    for base, says in (
+        (tmp_path / "nowhere", "there is no such folder"),
+        (tmp_path / "empty", "has no model_index.json"),
+        (tmp_path / "broken", "is not a pipeline that loads"),
+        (torch.nn.Linear(2, 2), "must be a diffusers pipeline or its folder, got Linear"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            load_base(base)
+
+
+def test_refused_folders(tmp_path):
+    customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "out", **SMALL)
+    with pytest.raises(BadInput, match="already holds a finished customization"):
+        customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "out", **SMALL)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear to me")
+    with pytest.raises(BadInput, match="is not empty"):
+        customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "mine", **SMALL)
+    with pytest.raises(BadInput, match="is a file"):
+        customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "mine" / "thesis.txt", **SMALL)
+    with pytest.raises(BadInput, match="holds no finished customization"):
+        load_customized(PIPELINES["sd15"](), tmp_path / "mine")
+    with pytest.raises(BadInput, match="does not fit"):
+        load_customized(PIPELINES["sdxl"](), tmp_path / "out")
+
+
+def test_a_diverged_run_says_so(tmp_path):
+    pipe = PIPELINES["sd15"]()
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.fill_(float("nan"))
+    with pytest.raises(BadInput, match="the loss became nan at step 0"):
+        customize(pipe, IMAGE, "sks dog", tmp_path / "out", **SMALL)
