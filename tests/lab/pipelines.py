@@ -22,7 +22,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"a photo of sks dog on the moon red blue left right".split()]
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "photo", "of", "sks", "dog", "on", "the", "moon"]
 
 
 def tokenizer(length=16):

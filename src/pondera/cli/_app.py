@@ -117,6 +117,7 @@ def compare(
     parametrize: Annotated[
         list[str] | None, typer.Option(help="Also compare this parametrization; repeatable.")
     ] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="Also compare this adapter; repeatable.")] = None,
     penalty: Annotated[list[str] | None, typer.Option(help="Also compare this penalty; repeatable.")] = None,
     optim: Annotated[list[str] | None, typer.Option(help="Also compare this optimizer; repeatable.")] = None,
     seeds: Annotated[int, typer.Option(help="Fresh repeats of each recipe.")] = 5,
@@ -144,7 +145,14 @@ def compare(
 
         check_path(report)
     given = ["", *(recipes or [])]
-    for room, chosen in (("init", init), ("parametrize", parametrize), ("penalty", penalty), ("optim", optim)):
+    chosen_by_room = {
+        "init": init,
+        "parametrize": parametrize,
+        "adapter": adapter,
+        "penalty": penalty,
+        "optim": optim,
+    }
+    for room, chosen in chosen_by_room.items():
         given += [f"{room}={name}" for name in chosen or []]
     if len(given) == 1:
         raise BadInput(

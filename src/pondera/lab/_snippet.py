@@ -9,17 +9,26 @@ import torch
 from torch import nn
 
 from pondera.errors import BadInput
-from pondera.lab.recipe import _DOORS, DEFAULT_FACTOR, Choice, Recipe, material_of, parse_choice
+from pondera.lab.recipe import _DOORS, _ENDING, DEFAULT_FACTOR, Choice, Recipe, material_of, parse_choice
 from pondera.lab.train import START_BATCH, WARM_UP
 
 EACH_LAYER = "    if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):"
 
 
-def snippet(recipe: Recipe, rate: float, *, steps: int, optim: str = "AdamW", schedule: str = "cosine") -> str:
+def snippet(
+    recipe: Recipe,
+    rate: float,
+    *,
+    steps: int,
+    optim: str = "AdamW",
+    schedule: str = "cosine",
+    adapt: dict[str, Any] | None = None,
+) -> str:
     """Python that starts, holds and trains a model as `recipe` did, at learning rate `rate`.
 
     It uses names of the reader's own: ``model``, ``loss_fn(output, target)``, ``loader`` (of inputs and targets) and,
-    for starts that look at data, ``batch``. optim, schedule: the task's, where the recipe chooses none.
+    for starts that look at data, ``batch``. optim, schedule: the task's, where the recipe chooses none. adapt: the task's,
+    for an adapter.
     Raises: BadInput: for a method that cannot be found any more.
 
     >>> print(snippet(Recipe(optim="SGD(momentum=0.9)"), 0.1, steps=300, schedule="constant"))
@@ -34,21 +43,24 @@ def snippet(recipe: Recipe, rate: float, *, steps: int, optim: str = "AdamW", sc
         optimizer.step()
     """
     held, moved = recipe.choice("parametrize"), recipe.choice("optim") or parse_choice("optim", optim)
-    start = recipe.choice("init")
+    start, adapter = recipe.choice("init"), recipe.choice("adapter")
     optimizers = _optimizers(moved, rate)
     many = len(optimizers) > 1
     blocks = [
         _batch_note([c for c in (start, held) if c]),
         _start(start) if start else [],
         _hold(held) if held else [],
+        _adapt(adapter, adapt or {}) if adapter else [],
         [line for lines in optimizers for line in lines],
         ["optimizers = [muon, adamw]"] if many else [],
         _steering(steps, many) if schedule == "cosine" else [],
         _loop(recipe.choice("penalty"), many, schedule == "cosine"),
     ]
     body = "\n\n".join("\n".join(block) for block in blocks if block).replace("torch.nn.", "nn.")
-    used = {_address(c)[0] for c in (*recipe.choices(), moved)} | (
-        {"pondera.optim"} if "pondera.optim." in body else set()
+    used = (
+        {_address(c)[0] for c in (*recipe.choices(), moved)}
+        | ({"peft"} if adapter else set())
+        | ({"pondera.optim"} if "pondera.optim." in body else set())
     )
     lines = {f"import {module}" for module in used if not module.startswith("torch.")}
     lines |= {"import torch"} if "torch." in body else set()
@@ -105,6 +117,15 @@ def _hold(choice: Choice) -> list[str]:
     else:
         put = _call(choice, "layer")
     return ["for layer in list(model.modules()):", EACH_LAYER, f"        {put}"]
+
+
+def _adapt(choice: Choice, adapt: dict[str, Any]) -> list[str]:
+    told = {k: v for k, v in {"target_modules": "all-linear", **adapt}.items() if k not in choice.kwargs and v}
+    config = _call(Choice("adapter", choice.name, (*told.items(), *choice.args)))
+    lines = [f"model = peft.get_peft_model(model, {config})"]
+    if choice.kwargs.get("init_lora_weights") == "eva":
+        lines.append("peft.initialize_lora_eva_weights(model, [batch], forward_fn=lambda m, b: m(b))  # batch: inputs")
+    return lines
 
 
 def _optimizers(choice: Choice, rate: float) -> list[list[str]]:
@@ -183,7 +204,7 @@ def _address(choice: Choice) -> tuple[str, str]:
         return module, name
     method = choice.resolve()
     for door in _DOORS[choice.room]:
-        for name in (f"{choice.name}_", choice.name):
+        for name in (choice.name + _ENDING.get(choice.room, "_"), choice.name):
             if getattr(importlib.import_module(door), name, None) is method:
                 return door, name
     raise BadInput(f"no {choice.room} method is called {choice.name!r}")

@@ -16,13 +16,15 @@ from torch.nn.utils import parametrize as torch_parametrize
 from pondera._weights import require_owned
 from pondera.errors import BadInput, nearest
 
-ROOMS = ("init", "parametrize", "penalty", "optim")
+ROOMS = ("init", "parametrize", "adapter", "penalty", "optim")
 _DOORS = {  # where a room's names are looked up, in this order
     "init": ("pondera.init", "torch.nn.init"),
     "parametrize": ("pondera.parametrize", "torch.nn.utils.parametrizations"),
+    "adapter": ("pondera.adapters", "peft"),
     "penalty": ("pondera.penalties",),
     "optim": ("pondera.optim", "torch.optim"),
 }
+_ENDING = {"adapter": "Config"}  # what a public name ends in besides the name a recipe gives; an underscore otherwise
 DEFAULT_FACTOR = 0.01
 
 
@@ -75,6 +77,8 @@ class Recipe:
     Args:
         init: a start, a function of `pondera.init` or `torch.nn.init` without the final underscore: ``"lsuv(tol=0.01)"``.
         parametrize: of `pondera.parametrize` or `torch.nn.utils.parametrizations`, put on every owned weight.
+        adapter: a configuration of `pondera.adapters` or PEFT without the final Config: ``"Svft"``, ``"Lora(r=8)"``; put on
+            the layers the task's dict ``adapt`` names, all linear ones otherwise. What was built is frozen.
         penalty: of `pondera.penalties`, added to the loss times ``factor=`` (0.01): ``"norm_loss(factor=0.1)"``.
         optim: of `pondera.optim` or `torch.optim`; its learning rate is tuned, so it is not an argument.
         salt: shifts the draw of the weights while the data order stays; for A/A tests of the comparison itself.
@@ -88,6 +92,7 @@ class Recipe:
 
     init: str | None = None
     parametrize: str | None = None
+    adapter: str | None = None
     penalty: str | None = None
     optim: str | None = None
     salt: int = 0
@@ -145,12 +150,17 @@ class Recipe:
     # -- applying it ------------------------------------------------------------------------------------------------
 
     def start(
-        self, model: nn.Module, batch: Any, generator: torch.Generator, material: Callable[[str], Any] | None = None
+        self,
+        model: nn.Module,
+        batch: Any,
+        generator: torch.Generator,
+        material: Callable[[str], Any] | None = None,
+        adapt: dict[str, Any] | None = None,
     ) -> nn.Module:
-        """Give `model` its start and its parametrizations, in place.
+        """Give `model` its start, its parametrizations and its adapter, in place.
 
         batch: inputs for data-driven starts. material: gives what else a start must have (a teacher, the signal to
-        fit) by the name of its parameter.
+        fit) by the name of its parameter. adapt: what an adapter is told besides its own arguments.
         """
         init = self.choice("init")
         if init is not None:
@@ -168,6 +178,9 @@ class Recipe:
                 for one in require_owned(model, held.name):
                     if one.attribute == "weight":
                         method(one.module, **held.kwargs)
+        adapter = self.choice("adapter")
+        if adapter is not None:
+            _put_on(adapter, model, batch, generator, adapt or {})
         return model
 
     def penalty_of(self, model: nn.Module) -> Tensor | None:
@@ -195,12 +208,31 @@ class Recipe:
             rest = [p for p in model.parameters() if id(p) not in chosen and p.requires_grad]
             muon = method(matrices, lr=rate, **choice.kwargs)
             return [muon, torch.optim.AdamW(rest, lr=rate * VECTOR_RATE_RATIO, weight_decay=0.0)] if rest else [muon]
-        params: Any = list(model.parameters())
+        params: Any = [p for p in model.parameters() if p.requires_grad]
         if getattr(method, "matrix_method", False):
             from pondera.optim import groups
 
             params = groups(model)
         return [method(params, lr=rate, **choice.kwargs)]
+
+
+def _put_on(choice: Choice, model: nn.Module, batch: Any, generator: torch.Generator, adapt: dict[str, Any]) -> None:
+    """Adapt `model` in place by PEFT; an adapter that looks at activations (EVA) sees the batch."""
+    import peft
+
+    config = choice.resolve()(**{"target_modules": "all-linear", **adapt, **choice.kwargs})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator, device=generator.device)))
+        adapted = peft.get_peft_model(model, config)
+        if getattr(config, "init_lora_weights", None) == "eva":
+            peft.initialize_lora_eva_weights(
+                adapted,
+                [batch],
+                forward_fn=lambda m, b: m(b),
+                prepare_model_inputs_fn=None,
+                prepare_layer_inputs_fn=None,
+                show_progress_bar=False,
+            )
 
 
 def parse_choice(room: str, text: str) -> Choice:
@@ -227,14 +259,23 @@ def parse_choice(room: str, text: str) -> Choice:
     return Choice(room, name, tuple(sorted(args.items())))
 
 
+def _open(room: str, door: str) -> Any:
+    try:
+        return importlib.import_module(door)
+    except ImportError as error:
+        if room != "adapter":
+            raise
+        raise BadInput(f"adapters need the extra: pip install 'pondera[adapters]' ({error})") from None
+
+
 def names(room: str) -> list[str]:
     """Every name a recipe may give for `room`, ours first."""
     found: dict[str, None] = {}
     for door in _DOORS[room]:
-        module = importlib.import_module(door)
+        module = _open(room, door)
         for public in getattr(module, "__all__", dir(module)):
             if _fits(room, public, getattr(module, public, None)):
-                found[public.removesuffix("_")] = None
+                found[public.removesuffix(_ENDING.get(room, "_"))] = None
     return list(found)
 
 
@@ -243,6 +284,16 @@ def _fits(room: str, public: str, value: Any) -> bool:
         return False
     if room == "init":
         return public.endswith("_") and not public.startswith("_no_grad")
+    if room == "adapter":
+        import peft
+
+        kinds = (peft.PeftConfig, peft.PromptLearningConfig)
+        return (
+            public.endswith("Config")
+            and isinstance(value, type)
+            and issubclass(value, kinds[0])
+            and not (value in kinds or issubclass(value, kinds[1]))
+        )
     if room == "optim":
         return (
             isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
@@ -259,9 +310,9 @@ def _resolve(room: str, name: str) -> Callable[..., Any]:
         except (ImportError, AttributeError) as error:
             raise BadInput(f"{room}={name} cannot be imported: {error}") from None
     for door in _DOORS[room]:
-        module = importlib.import_module(door)
+        module = _open(room, door)
         public = getattr(module, "__all__", dir(module))
-        for candidate in (f"{name}_", name):
+        for candidate in (name + _ENDING.get(room, "_"), name):
             if candidate in public and _fits(room, candidate, getattr(module, candidate)):
                 return getattr(module, candidate)
     known = names(room)

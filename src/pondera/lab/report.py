@@ -389,7 +389,7 @@ def _code(c: "Comparison") -> str:
         text = ""
         if math.isfinite(r.rate):
             with suppress(BadInput):  # a method of one's own that is not here any more
-                text = snippet(r.recipe, r.rate, steps=c.steps, optim=s.optim, schedule=s.schedule)
+                text = snippet(r.recipe, r.rate, steps=c.steps, optim=s.optim, schedule=s.schedule, adapt=c.task.adapt)
         body = "<p>Nothing to advise: no learning rate finished, or the method is not here any more.</p>"
         if text:
             body = '<button type="button" class="copy" hidden>copy</button>'

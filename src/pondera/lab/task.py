@@ -1,4 +1,4 @@
-"""A task: a Python file with plain functions, `build()` and `data()`, optionally `loss`, `score`, `inputs`, `settings`."""
+"""A task: a Python file with plain functions, `build()` and `data()`, optionally `loss`, `score`, `inputs`, `settings`, `adapt`."""
 
 import hashlib
 import json
@@ -77,6 +77,14 @@ class Task:
     def built_in(self) -> bool:
         """Whether it ships with pondera, so that its name alone finds it."""
         return Path(self.path).parent == Path(__file__).parent / "tasks"
+
+    @property
+    def adapt(self) -> dict[str, Any]:
+        """What the task tells every adapter: its dict ``adapt``, such as ``{"target_modules": ["query", "value"]}``."""
+        given = getattr(self.module, "adapt", {})
+        if not isinstance(given, dict):
+            raise BadInput(f"adapt of the task {self.name} must be a dict, got {type(given).__name__}")
+        return given
 
     def build(self) -> nn.Module:
         """A fresh model; its draw follows torch's global seed."""

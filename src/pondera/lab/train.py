@@ -106,7 +106,7 @@ def prepare(task: Task, recipe: Recipe, seed: int, fit: Batch, device: str = "cp
     first = next(batches(fit, START_BATCH, stream(seed, "data")))
     inputs = task.inputs(tuple(t.to(device) for t in first))
     generator = torch.Generator(device).manual_seed(stream(seed, f"start{recipe.salt or ''}"))
-    recipe.start(model, inputs, generator, lambda name: fit if name == "examples" else task.material(name))
+    recipe.start(model, inputs, generator, lambda name: fit if name == "examples" else task.material(name), task.adapt)
     torch.manual_seed(stream(seed, f"training{recipe.salt or ''}"))  # dropout and the like
     return model
 
@@ -120,7 +120,10 @@ def _train(spec: RunSpec) -> dict[str, Any]:
     began = time.perf_counter()
     model = prepare(task, spec.recipe, spec.seed, fit, spec.device)
     start_seconds = time.perf_counter() - began
-    out: dict[str, Any] = {"start_seconds": start_seconds, "parameters": sum(p.numel() for p in model.parameters())}
+    out: dict[str, Any] = {
+        "start_seconds": start_seconds,
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
     if spec.signal:
         out["signal"] = _signal(task, model, fit)
     optimizers = spec.recipe.optimizers(model, spec.rate, s.optim)
