@@ -22,7 +22,13 @@ CONFIGS = {
     if inspect.isclass(obj) and issubclass(obj, AdapterConfig) and obj is not AdapterConfig
 }
 # What a method's configuration needs on the small layers used here; its defaults are for large ones.
-SETTINGS: dict[str, dict] = {"TLoraConfig": {"r": 4}}
+SETTINGS: dict[str, dict] = {
+    "DotaConfig": {"r": 4, "n_cores": 2},
+    "OftConfig": {"block_size": 4},
+    "SorsaConfig": {"r": 4},
+    "SvftConfig": {"off_diagonal": 2},
+    "TLoraConfig": {"r": 4},
+}
 
 
 class Mlp(nn.Module):

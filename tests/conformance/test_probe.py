@@ -32,6 +32,7 @@ REFUSES = {  # models a probe's theory does not cover; all others must work
         "attention",
     },  # ReLU is not injective, and norms and attention are no chain
     "ibp_tightness": {"residual", "attention"},  # LayerNorm, tokens
+    "lora_features": {"attention"},  # its output projection is called as a function, past the adapter
 }
 
 
@@ -47,6 +48,10 @@ def look(name, which="cnn"):
         model, batch = rising()
     else:
         model, batch = make(which)
+    if name == "lora_features":  # it looks at a LoRA, so the model gets one
+        import peft
+
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
     return model, batch, getattr(pondera.probe, name)
 
 

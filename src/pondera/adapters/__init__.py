@@ -10,6 +10,26 @@ Import this module before loading a saved adapter of ours, so that PEFT knows th
 torch.Size([1, 8])
 """
 
+from pondera.adapters.dota import DotaConfig
+from pondera.adapters.givens import GivensConfig, soft_orthogonality
+from pondera.adapters.lora_start import lora_start_
+from pondera.adapters.oft import OftConfig
+from pondera.adapters.sorsa import SorsaConfig, orthonormality, orthonormality_callback
+from pondera.adapters.svft import SvftConfig
 from pondera.adapters.t_lora import TLoraConfig, active_rank, at_timestep, plain_lora
 
-__all__ = ["TLoraConfig", "active_rank", "at_timestep", "plain_lora"]
+__all__ = [
+    "DotaConfig",
+    "GivensConfig",
+    "OftConfig",
+    "SorsaConfig",
+    "SvftConfig",
+    "TLoraConfig",
+    "active_rank",
+    "at_timestep",
+    "lora_start_",
+    "orthonormality",
+    "orthonormality_callback",
+    "plain_lora",
+    "soft_orthogonality",
+]

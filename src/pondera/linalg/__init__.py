@@ -1,8 +1,27 @@
-"""Craft every room shares: matrix views, orthogonal factors, Hadamard matrices, Gaussian averages."""
+"""Craft every room shares: matrix views, orthogonal factors, rotations, tensor trains, Hadamard matrices, averages."""
 
+from pondera.linalg.cayley import cayley, skew
 from pondera.linalg.gauss import gaussian_mean
+from pondera.linalg.givens import givens_tree, rotations
 from pondera.linalg.hadamard import hadamard
 from pondera.linalg.matrix import as_matrix
 from pondera.linalg.orthogonal import haar, newton_schulz, polar
+from pondera.linalg.tensor_train import balance, split_size, tensor_train, train_bonds, train_matrix
 
-__all__ = ["as_matrix", "gaussian_mean", "haar", "hadamard", "newton_schulz", "polar"]
+__all__ = [
+    "as_matrix",
+    "balance",
+    "cayley",
+    "gaussian_mean",
+    "givens_tree",
+    "haar",
+    "hadamard",
+    "newton_schulz",
+    "polar",
+    "rotations",
+    "skew",
+    "split_size",
+    "tensor_train",
+    "train_bonds",
+    "train_matrix",
+]
