@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from pondera.adapters import TLoraConfig, at_timestep
 from pondera.errors import BadInput
-from pondera.lab.customize import customize, load_base, load_customized
+from pondera.lab import customize, load_base, load_customized
 
 from .pipelines import PIPELINES
 
@@ -129,7 +129,7 @@ import contextlib, os, signal, sys
 sys.path.insert(0, {tests!r})
 from PIL import Image
 from pipelines import PIPELINES
-from pondera.lab import customize as module
+from pondera.lab import _customize as module
 
 @contextlib.contextmanager
 def fatal(show, steps, begun):

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pondera.cli._customize import customize
+from pondera.cli._merge import merge
 from pondera.errors import BadInput, nearest
 
 app = typer.Typer(
@@ -22,6 +24,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="One home for the weights of neural networks and of data.",
 )
+app.command()(customize)
+app.add_typer(merge, name="merge")
 out = Console(width=None if sys.stdout.isatty() else 160)  # a pipe or a file is not 80 columns wide
 
 

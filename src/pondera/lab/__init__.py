@@ -1,4 +1,4 @@
-"""The lab: compare choices about weights on a task, fairly; look at a model before training it.
+"""The lab: compare choices about weights on a task, fairly; look at a model before training it; customise one.
 
 >>> from pondera.lab import Recipe
 >>> Recipe(init="lsuv", optim="NorMuon").name
@@ -13,6 +13,7 @@ from pondera.lab.task import Settings, Task, built_in, load_task
 
 if TYPE_CHECKING:
     from pondera.lab._compare import Comparison, Row, compare
+    from pondera.lab._customize import Customized, customize, load_base, load_customized
     from pondera.lab._inspect import Inspection, inspect
     from pondera.lab._rank import Ranking, rank_starts
     from pondera.lab.stats import Difference, difference
@@ -21,6 +22,10 @@ _LATER = {  # heavier parts, loaded when used
     "Comparison": "_compare",
     "Row": "_compare",
     "compare": "_compare",
+    "Customized": "_customize",
+    "customize": "_customize",
+    "load_base": "_customize",
+    "load_customized": "_customize",
     "Inspection": "_inspect",
     "inspect": "_inspect",
     "Ranking": "_rank",
@@ -30,6 +35,7 @@ _LATER = {  # heavier parts, loaded when used
 }
 __all__ = [
     "Comparison",
+    "Customized",
     "Difference",
     "Inspection",
     "Ranking",
@@ -39,8 +45,11 @@ __all__ = [
     "Task",
     "built_in",
     "compare",
+    "customize",
     "difference",
     "inspect",
+    "load_base",
+    "load_customized",
     "load_task",
     "rank_starts",
 ]

@@ -101,7 +101,7 @@ def _pixels(pipe: Any, resolution: int | None) -> Trainable:
     step = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
 
     def prompt(text: str) -> dict[str, Tensor]:
-        return {"encoder_hidden_states": pipe.encode_prompt([text])}
+        return {"encoder_hidden_states": pipe.encode_prompt(text, do_classifier_free_guidance=False)[0]}
 
     return Trainable(
         pipe, "unet", ATTENTION, _side(pipe, resolution, pipe.unet.config.sample_size, step),

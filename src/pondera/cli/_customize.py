@@ -1,0 +1,108 @@
+"""`pondera customize`: one image to a custom diffusion model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pondera.errors import BadInput
+
+DEMO_NAME, DEMO_STEPS, DEMO_RANK, DEMO_RATE = "sks glyph", 300, 32, 1e-3
+
+
+def customize(
+    image: Annotated[list[Path] | None, typer.Option(help="The image; repeatable for a few of one concept.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help='The concept in prompts, a rare word and a class: "sks dog".')
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help="Folder of a diffusers pipeline: SD 1.5, SD-XL or FLUX.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("customized"),
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(help='Draw this when trained; {} stands for the name: "{} on the moon". Repeatable.'),
+    ] = None,
+    template: Annotated[str, typer.Option(help="The training prompt; {} stands for the name.")] = "a photo of {}",
+    rank: Annotated[int, typer.Option("--rank", "-r", help="Components of the adapter.")] = 64,
+    r_min: Annotated[int | None, typer.Option(help="Components that are on at pure noise; half the rank.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 800,
+    rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-4,
+    batch: Annotated[int, typer.Option(help="Noisy copies of the image in a step.")] = 1,
+    resolution: Annotated[int | None, typer.Option(help="Pixels of the square training image; the base's own.")] = None,
+    precision: Annotated[str, typer.Option(help="no, bf16 or fp16 (a GPU only).")] = "no",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the adapter's start, the noise and the samples.")] = 0,
+    per_prompt: Annotated[int, typer.Option(help="Images a prompt.")] = 4,
+    demo: Annotated[
+        bool,
+        typer.Option(
+            "--demo", help="A minute or two on a CPU: teach the small base that ships with pondera a new glyph."
+        ),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Teach a diffusion model one concept from one image, by T-LoRA.
+
+    Leaves an adapter that `pondera.lab.load_customized` puts back on the pipeline, LoRA weights that every diffusers
+    pipeline loads, and a grid of samples. Stopped at any moment, the same command goes on from its last checkpoint.
+    """
+    try:
+        from pondera.lab import customize as run
+    except ImportError as error:
+        raise BadInput(f"customize needs the extra: pip install 'pondera[diffusion]' ({error})") from None
+    if demo:
+        _demo(out, image, base, seed, quiet)
+        return
+    missing = [f"--{o}" for o, given in (("image", image), ("name", name), ("base", base)) if not given]
+    if missing:
+        raise BadInput(f"customize needs {' and '.join(missing)} (or --demo, to see it work on a small base)")
+    done = run(
+        base, image, str(name), out, template=template, prompts=prompts or (), r=rank, r_min=r_min, steps=steps, rate=rate,
+        batch=batch, resolution=resolution, precision=precision, gradient_checkpointing=gradient_checkpointing, seed=seed,
+        per_prompt=per_prompt, progress=not quiet,
+    )  # fmt: skip
+    print(done.summary())
+
+
+def _demo(out: Path, image: list[Path] | None, base: Path | None, seed: int, quiet: bool) -> None:
+    from PIL import Image
+
+    from pondera.lab import customize as run
+    from pondera.lab import glyphs
+
+    if image or base:
+        raise BadInput("--demo brings its own image and base; leave --image and --base out")
+    concept, places = (
+        "knight",
+        [("blue", "top left"), ("white", "bottom right"), ("striped", "center"), ("brown", "top right")],
+    )
+    picture = glyphs.concept_image(concept)
+    shown = Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy())
+    pipe = glyphs.base()
+    print(
+        f"Teaching the small base a glyph it has never seen ({concept}), from one image of it on gray, in the centre."
+    )
+    done = run(
+        pipe, shown, DEMO_NAME, out, template="a {}", steps=DEMO_STEPS, r=DEMO_RANK, rate=DEMO_RATE, batch=4, seed=seed,
+        prompts=[glyphs.prompt("{}", background=b, position=p) for b, p in places], guidance=3.0, progress=not quiet,
+    )  # fmt: skip
+    print(done.summary())
+    shown.resize((128, 128), Image.Resampling.NEAREST).save(out / "taught.png")
+    judge = glyphs.judges()
+    for (background, position), (prompt, paths) in zip(places, done.samples.items()):
+        images = _pixels(paths)
+        right = judge.agrees(images, glyph=concept, background=background, position=position)
+        said = ", ".join(f"{k} right in {int(v.sum())} of {len(v)}" for k, v in right.items())
+        print(f"  {prompt}: {said}")
+    print(f"Look at {out / 'grid.png'} (a row a prompt) beside {out / 'taught.png'}.")
+
+
+def _pixels(paths: list[Path]):  # type: ignore[no-untyped-def]
+    import numpy
+    import torch
+    from PIL import Image
+
+    return torch.stack(
+        [torch.from_numpy(numpy.asarray(Image.open(p).convert("RGB")).copy()).permute(2, 0, 1) / 255 for p in paths]
+    )

@@ -1,0 +1,115 @@
+"""`pondera merge`: several models in safetensors files into one, file to file."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pondera.errors import BadInput
+
+if TYPE_CHECKING:
+    from pondera.merge import MergeReport
+
+merge = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Merge models in safetensors files into one, in little memory whatever their size.",
+)
+
+FORMS = ".safetensors, .safetensors.index.json, or a folder with one of them."
+Out = Annotated[
+    Path, typer.Option("-o", "--out", help="The .safetensors file to write; a new folder with --shard-size.")
+]
+ShardSize = Annotated[str | None, typer.Option(help="Write shards of at most this size and an index: 5GB, 500MB.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the whole report, tensor by tensor, as JSON.")]
+Pretrained = Annotated[Path, typer.Argument(help=f"The pretrained model: {FORMS}")]
+FineTuned = Annotated[Path, typer.Argument(help="The model fine-tuned from it.")]
+Alpha = Annotated[float, typer.Option(help="The way to the fine-tuned model, 0 to 1.")]
+
+
+@merge.command()
+def fuse(
+    models: Annotated[list[Path], typer.Argument(help=f"Models fine-tuned from one base: {FORMS}")],
+    to: Out,
+    weights: Annotated[
+        str | None, typer.Option(help="Weights that add up to one: 0.5,0.3,0.2; equal if left out.")
+    ] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option(help="A name left out of the result, such as head; repeatable.")
+    ] = None,
+    shard_size: ShardSize = None,
+    as_json: AsJson = False,
+) -> None:
+    """Average models fine-tuned on different tasks, as a better start for a new one."""
+    from pondera.merge import fuse_files
+
+    given = None if weights is None else _numbers(weights)
+    _print(fuse_files(models, to, given, drop=drop or (), shard_size=shard_size), as_json)
+
+
+@merge.command()
+def stock(
+    pretrained: Pretrained,
+    finetuned: Annotated[
+        list[Path], typer.Argument(help="Two or more models fine-tuned from it, alike but for the seed.")
+    ],
+    to: Out,
+    filter_wise: Annotated[
+        bool, typer.Option("--filter-wise", help="One angle for each row, not each tensor.")
+    ] = False,
+    shard_size: ShardSize = None,
+    as_json: AsJson = False,
+) -> None:
+    """Model Stock: as good as a soup of many fine-tuned models, from two and the pretrained one."""
+    from pondera.merge import model_stock_files
+
+    _print(model_stock_files(pretrained, finetuned, to, filter_wise=filter_wise, shard_size=shard_size), as_json)
+
+
+@merge.command()
+def wise(
+    pretrained: Pretrained,
+    finetuned: FineTuned,
+    to: Out,
+    alpha: Alpha = 0.5,
+    shard_size: ShardSize = None,
+    as_json: AsJson = False,
+) -> None:
+    """WiSE-FT: interpolate between a pretrained and a fine-tuned model, for data that shift."""
+    from pondera.merge import wise_ft_files
+
+    _print(wise_ft_files(pretrained, finetuned, to, alpha, shard_size=shard_size), as_json)
+
+
+@merge.command()
+def bang(
+    pretrained: Pretrained,
+    finetuned: FineTuned,
+    to: Out,
+    alpha: Alpha = 0.5,
+    head: Annotated[list[str] | None, typer.Option(help="The classifier to scale, such as head; repeatable.")] = None,
+    scale: Annotated[float, typer.Option(help="Factor on the fine-tuned classifier; below 1 calms it.")] = 1.0,
+    shard_size: ShardSize = None,
+    as_json: AsJson = False,
+) -> None:
+    """BANG: WiSE-FT with a fine-tuned model that is not too sure of itself.
+
+    BANG calms the model while it is fine-tuned, with pondera.merge.bang_loss; its merge is then the same as `wise`. For a
+    model fine-tuned in the ordinary way name its --head, and the --scale that pondera.merge.balancing_scale finds on
+    held-out data.
+    """
+    from pondera.merge import bang_files
+
+    _print(bang_files(pretrained, finetuned, to, alpha, head=head or (), scale=scale, shard_size=shard_size), as_json)
+
+
+def _print(report: "MergeReport", as_json: bool) -> None:
+    print(json.dumps(report.to_json()) if as_json else report.summary())
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(x) for x in text.split(",")]
+    except ValueError:
+        raise BadInput(f"--weights takes numbers with commas between, got {text!r}") from None

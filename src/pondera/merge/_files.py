@@ -1,0 +1,238 @@
+"""Models in safetensors files: read a stretch of a tensor at a time, written so that they appear whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pondera.errors import BadInput
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}  # fmt: skip
+LABELS = {dtype: label for label, dtype in DTYPES.items()}
+UNITS = {"": 1, "B": 1} | {p + u: b**k for k, p in enumerate("KMGT", 1) for u, b in (("B", 1000), ("IB", 1024))}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: its file, and the byte of it at which the numbers begin."""
+
+    path: Path
+    begin: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class FileModel:
+    """A model in a file, in a folder, or behind an index of shards. paths: the files it is read from."""
+
+    def __init__(self, path: str | Path, who: str) -> None:
+        path = Path(path)
+        if path.is_dir():
+            path = _in_folder(path, who)
+        self.said = str(path)
+        self.metadata: dict[str, str] = {}
+        self.index: dict[str, Any] = {}
+        if path.suffix == ".json":
+            self.entries = self._of_index(path, who)
+        else:
+            self.entries, self.metadata = _entries(path, who)
+        self.paths = {path.resolve()} | {e.path.resolve() for e in self.entries.values()}
+        self.shapes = {name: e.shape for name, e in self.entries.items()}
+        self.dtypes = {name: e.dtype for name, e in self.entries.items()}
+
+    def read(self, name: str, low: int, high: int) -> Tensor:
+        """Entries low .. high of the flattened tensor, in memory of their own."""
+        e = self.entries[name]
+        buffer = bytearray((high - low) * e.dtype.itemsize)
+        with open(e.path, "rb", buffering=0) as file:
+            file.seek(e.begin + low * e.dtype.itemsize)
+            seen = memoryview(buffer)
+            while seen:  # one call reads 2 GiB at most
+                n = file.readinto(seen)
+                if not n:
+                    raise BadInput(f"{e.path} was cut short while {name} was read")
+                seen = seen[n:]
+        return torch.frombuffer(buffer, dtype=torch.uint8).view(e.dtype) if buffer else torch.empty(0, dtype=e.dtype)
+
+    def identity(self, name: str) -> None:
+        """Files hold each name's numbers for themselves."""
+
+    def device(self, name: str) -> torch.device:
+        return torch.device("cpu")
+
+    def _of_index(self, path: Path, who: str) -> dict[str, Entry]:
+        try:
+            self.index = json.loads(path.read_text(encoding="utf-8"))
+            files = {str(name): path.parent / file for name, file in self.index["weight_map"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{who} cannot read {path} as an index of safetensors files: {_words(error)}") from None
+        shards = {file: _entries(file, who) for file in sorted(set(files.values()))}
+        for name, file in files.items():
+            if name not in shards[file][0]:
+                raise BadInput(f"{who} misses {name} in {file}, where {path.name} says it is")
+        self.metadata = next((metadata for _, metadata in shards.values()), {})
+        return {name: shards[file][0][name] for name, file in files.items()}
+
+
+def _in_folder(folder: Path, who: str) -> Path:
+    """The one model of a folder: its index, or its one safetensors file."""
+    for found in (sorted(folder.glob("*.safetensors.index.json")), sorted(folder.glob("*.safetensors"))):
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(p.name for p in found[:5])
+            raise BadInput(f"{who} needs one model in the folder {folder}, which has {names}; name the file")
+    raise BadInput(f"{who} finds no .safetensors file and no .safetensors.index.json in the folder {folder}")
+
+
+def _entries(path: Path, who: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Every tensor of one file by name, and the file's metadata; safetensors itself says whether the file is whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {"format": "pt"})
+        with open(path, "rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            table = json.loads(raw.read(length))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BadInput(f"{who} cannot read {path} as a whole safetensors file: {_words(error)}") from None
+    table.pop("__metadata__", None)
+    for name, e in table.items():
+        if e["dtype"] not in DTYPES:
+            raise BadInput(f"{who} does not know the dtype {e['dtype']} of {name} in {path}")
+    begin = 8 + length
+    found = {
+        n: Entry(path, begin + e["data_offsets"][0], tuple(e["shape"]), DTYPES[e["dtype"]]) for n, e in table.items()
+    }
+    return found, metadata
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def shards(names: Iterable[str], sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """Names by file, filled in order up to `limit` bytes (one tensor at least), called as Hugging Face calls them."""
+    groups: list[list[str]] = []
+    room = 0
+    for name in names:
+        if not groups or sizes[name] > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= sizes[name]
+    n = len(groups)
+    return {f"model-{i:05d}-of-{n:05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def as_bytes(size: int | str, who: str) -> int:
+    """A size such as 1000, "500MB" or "2GiB" in bytes."""
+    text = str(size).strip().upper().replace(" ", "")
+    number = text.rstrip("BIKMGT")
+    try:
+        n = int(float(number) * UNITS[text[len(number) :]])
+    except (ValueError, KeyError, OverflowError):
+        n = 0
+    if n < 1:
+        raise BadInput(f"{who} needs a shard size such as 500000000, 5GB or 2GiB, got {size!r}")
+    return n
+
+
+def in_order(names: Iterable[str], dtypes: Mapping[str, torch.dtype]) -> list[str]:
+    """Wide numbers first, as safetensors does it, so that every tensor is aligned."""
+    return sorted(names, key=lambda name: (-dtypes[name].itemsize, name))
+
+
+def header(
+    names: Iterable[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    metadata: dict[str, str],
+) -> bytes:
+    """Length, then JSON with each tensor's place, padded so that the tensors begin at a multiple of 8."""
+    table: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in names:
+        size = prod(shapes[name]) * dtypes[name].itemsize
+        table[name] = {
+            "dtype": LABELS[dtypes[name]],
+            "shape": list(shapes[name]),
+            "data_offsets": [end, end + size],
+        }
+        end += size
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write(file: BinaryIO, x: Tensor) -> None:
+    """The bytes of a flat tensor."""
+    if x.numel():
+        file.write(x.contiguous().view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def appearing_file(out: Path, who: str) -> Iterator[BinaryIO]:
+    """A file that appears as `out`, whole, at the end. Linux can write it without a name: then a kill leaves nothing."""
+    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    nameless = getattr(os, "O_TMPFILE", 0) if os.path.exists("/proc/self/fd") else 0
+    try:
+        try:
+            handle = os.open(out.parent, nameless | os.O_RDWR, 0o666)
+        except OSError:  # no such flag here, or none for this file system
+            nameless = 0
+            try:
+                handle = os.open(beside, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o666)
+            except OSError as error:
+                raise BadInput(f"{who} cannot write into {out.parent}: {_words(error)}") from None
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(handle)
+            if nameless:
+                folder = os.open(out.parent, os.O_RDONLY)
+                try:  # a folder's handle makes Python follow the link to the file itself
+                    os.link(f"/proc/self/fd/{handle}", beside.name, dst_dir_fd=folder, follow_symlinks=True)
+                finally:
+                    os.close(folder)
+        os.replace(beside, out)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def appearing_folder(out: Path, who: str) -> Iterator[Path]:
+    """A folder that appears as `out`, whole, at the end; until then it is hidden beside it, and a kill leaves that."""
+    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        try:
+            beside.mkdir()
+        except OSError as error:
+            raise BadInput(f"{who} cannot write into {out.parent}: {_words(error)}") from None
+        yield beside
+        for path in [*beside.iterdir(), beside]:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        os.replace(beside, out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,264 @@
+"""T-LoRA (arXiv 2507.05964): one image of a glyph the small base has never seen, then the same glyph in other places.
+
+The base is `pondera.lab.glyphs`, the one image shows the concept on gray in the centre, and the training prompt is "a sks
+glyph". Asked for are other backgrounds and positions. A judge that never saw a generated image says whether the glyph is
+the concept (fidelity) and whether background and position are what the prompt says (alignment). All choices have the
+same rank, steps, batch, noise and optimizer; the rate of each is chosen from the same grid on three other concepts, by
+the sum of fidelity and alignment.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from pondera.replications import Finding, Lab, claim, judge
+
+RANK, BATCH = 32, 4
+MARKS = (100, 200, 300)  # steps after which a run is looked at; the last is the one judged
+RATES = (3e-4, 1e-3, 3e-3)
+TUNED_ON = ("hash", "eject", "question")
+TAUGHT = ("knight", "umbrella", "omega", "psi", "euro")
+SEEDS = (0, 1, 2)
+PLACES = (
+    ("blue", "top left"), ("white", "bottom right"), ("brown", "top right"), ("striped", "bottom left"),
+    ("purple", "bottom right"), ("black", "top left"), ("checkered", "center"), ("blue", "bottom left"),
+)  # fmt: skip
+EACH = 2  # images a place
+ARMS: dict[str, dict[str, Any]] = {
+    "LoRA": {"start": "lora", "r_min": RANK},
+    "Ortho-LoRA": {"start": "ortho", "r_min": RANK},
+    "masked LoRA": {"start": "lora"},
+    "T-LoRA": {"start": "ortho"},
+    "LoRA, t of 800 to 999": {"start": "lora", "r_min": RANK, "span": (800, 1000)},
+    "LoRA, t of 0 to 499": {"start": "lora", "r_min": RANK, "span": (0, 500)},
+}
+RATE_OF = {"LoRA, t of 800 to 999": "LoRA", "LoRA, t of 0 to 499": "LoRA"}  # these take LoRA's rate
+
+
+@dataclass(frozen=True)
+class Run:
+    """One adapter: after each mark, the shares of images with the right glyph, background, position."""
+
+    arm: str
+    rate: float
+    concept: str
+    seed: int
+    glyph: list[float]
+    background: list[float]
+    position: list[float]
+    neutral: float  # share of right glyphs under the training prompt, at the end
+
+    def alignment(self, mark: int = -1) -> float:
+        return (self.background[mark] + self.position[mark]) / 2
+
+
+def train(
+    arm: dict[str, Any], rate: float, concept: str, seed: int, *, marks: tuple[int, ...] = MARKS, batch: int = BATCH,
+    look: Callable[[Any], None] = lambda pipe: None,
+) -> Any:  # fmt: skip
+    """The base with one adapter trained on one image; `look` is called with it after each mark."""
+    from pondera.adapters import TLoraConfig
+    from pondera.lab import glyphs
+    from pondera.lab._denoisers import ATTENTION, repeat, trainable
+
+    pipe = glyphs.base()
+    made = trainable(pipe)
+    torch.manual_seed(seed)
+    pipe.unet.requires_grad_(False)
+    settings = {k: v for k, v in arm.items() if k != "span"}
+    pipe.unet.add_adapter(TLoraConfig(r=RANK, target_modules=ATTENTION, **settings))
+    trained = [p for p in pipe.unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
+    image = glyphs.concept_image(concept)[None] * 2 - 1
+    condition = repeat(made.prompt("a sks glyph"), batch)
+    draw, span = Generator().manual_seed(seed), arm.get("span", (0, 1000))
+    for step in range(1, marks[-1] + 1):
+        t = made.draw_times(batch, span, draw)
+        noise = torch.randn(batch, *image.shape[1:], generator=draw)
+        loss = made.loss(image.expand_as(noise), noise, t, condition)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if step in marks:
+            look(pipe)
+    return pipe
+
+
+def _run(task: tuple[str, float, str, int, tuple[int, ...]]) -> Run:
+    from pondera.lab import glyphs
+
+    torch.set_num_threads(1)
+    name, rate, concept, seed, marks = task
+    shares: dict[str, list[float]] = {"glyph": [], "background": [], "position": []}
+
+    def look(pipe: Any) -> None:
+        right: dict[str, list[bool]] = {k: [] for k in shares}
+        for (background, position), images in zip(PLACES, _draw(pipe, seed).split(EACH)):
+            asked = {"glyph": concept, "background": background, "position": position}
+            for k, v in glyphs.judges().agrees(images, **asked).items():
+                right[k] += v.tolist()
+        for k, v in right.items():
+            shares[k].append(sum(v) / len(v))
+
+    pipe = train(ARMS[name], rate, concept, seed, marks=marks, look=look)
+    plain = _sample(pipe, ["a sks glyph"] * 8, seed)
+    neutral = float(glyphs.judges().agrees(plain, glyph=concept)["glyph"].float().mean())
+    return Run(name, rate, concept, seed, **shares, neutral=neutral)
+
+
+def _draw(pipe: Any, seed: int) -> Tensor:
+    from pondera.lab import glyphs
+
+    asked = [glyphs.prompt("sks glyph", background=b, position=p) for b, p in PLACES for _ in range(EACH)]
+    return _sample(pipe, asked, seed)
+
+
+def _sample(pipe: Any, prompts: list[str], seed: int) -> Tensor:
+    return pipe(
+        prompts, num_inference_steps=20, guidance_scale=3.0, generator=Generator().manual_seed(seed), output_type="pt"
+    ).images
+
+
+@cache
+def _experiment() -> tuple[dict[str, float], list[Run]]:
+    """The tuned rates, and the judged runs: every arm, concept and seed."""
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        tuned_arms = [a for a in ARMS if a not in RATE_OF]
+        tasks = [(a, r, c, 100, (MARKS[-1],)) for a in tuned_arms for r in RATES for c in TUNED_ON]
+        tried = list(pool.map(_run, tasks))
+        rates: dict[str, float] = {}
+        for arm in tuned_arms:
+            score = {r: sum(t.glyph[-1] + t.alignment() for t in tried if (t.arm, t.rate) == (arm, r)) for r in RATES}
+            rates[arm] = max(score, key=score.__getitem__)
+        rates |= {arm: rates[like] for arm, like in RATE_OF.items()}
+        runs = list(pool.map(_run, [(a, rates[a], c, s, MARKS) for a in ARMS for c in TAUGHT for s in SEEDS]))
+    return rates, runs
+
+
+def _of(runs: list[Run], arm: str) -> list[Run]:
+    return sorted((r for r in runs if r.arm == arm), key=lambda r: (r.concept, r.seed))
+
+
+def _means(runs: list[Run]) -> dict[str, dict[str, float]]:
+    mean = lambda xs: round(sum(xs) / len(xs), 3)  # noqa: E731
+    return {
+        arm: {
+            "fidelity": mean([r.glyph[-1] for r in _of(runs, arm)]),
+            "alignment": mean([r.alignment() for r in _of(runs, arm)]),
+            "background": mean([r.background[-1] for r in _of(runs, arm)]),
+            "position": mean([r.position[-1] for r in _of(runs, arm)]),
+            "neutral_fidelity": mean([r.neutral for r in _of(runs, arm)]),
+        }
+        for arm in ARMS
+    }
+
+
+@claim(
+    "At equal rank and steps T-LoRA follows the prompt better than LoRA and draws the concept as well",
+    source="Table 1, Sec. 4.2",
+    budget="full",
+    criterion="5 concepts x 3 seeds, paired: alignment of T-LoRA minus LoRA has its interval above 0, and fidelity of "
+    "T-LoRA minus LoRA has its interval above -0.1",
+)
+def better_alignment_at_equal_fidelity(lab: Lab) -> Finding:
+    rates, runs = _experiment()
+    lora, ours = _of(runs, "LoRA"), _of(runs, "T-LoRA")
+    alignment = lab.effect([r.alignment() for r in ours], [r.alignment() for r in lora])
+    fidelity = lab.effect([r.glyph[-1] for r in ours], [r.glyph[-1] for r in lora])
+    lab.figure("trade-off", _figure(runs))
+    return judge(
+        alignment.above and fidelity.low > -0.1, alignment=alignment, fidelity=fidelity, rates=rates, means=_means(runs)
+    )
+
+
+@claim(
+    "Both parts help: the mask for LoRA, and the orthogonal start under the mask",
+    source="Table 1 (Vanilla T-LoRA against LoRA and T-LoRA)",
+    budget="full",
+    criterion="5 concepts x 3 seeds, paired, on fidelity + alignment: masked LoRA minus LoRA above 0, and T-LoRA minus "
+    "masked LoRA above 0 (intervals)",
+)
+def both_parts_help(lab: Lab) -> Finding:
+    _, runs = _experiment()
+    total = {arm: [r.glyph[-1] + r.alignment() for r in _of(runs, arm)] for arm in ARMS}
+    mask, start = lab.effect(total["masked LoRA"], total["LoRA"]), lab.effect(total["T-LoRA"], total["masked LoRA"])
+    ortho = lab.effect(total["Ortho-LoRA"], total["LoRA"])
+    return judge(mask.above and start.above, mask=mask, start_under_mask=start, start_without_mask=ortho)
+
+
+@claim(
+    "Training at high timesteps only overfits most; at low ones only, the prompt is followed best and the concept least",
+    source="Fig. 2, Sec. 3",
+    budget="full",
+    criterion="5 concepts x 3 seeds, paired: alignment of low-t minus high-t training above 0, alignment of high-t minus "
+    "all-t training below 0, fidelity of low-t minus all-t training below 0 (intervals)",
+)
+def high_timesteps_overfit(lab: Lab) -> Finding:
+    _, runs = _experiment()
+    high, low, full = (_of(runs, a) for a in ("LoRA, t of 800 to 999", "LoRA, t of 0 to 499", "LoRA"))
+    aligned = lambda rs: [r.alignment() for r in rs]  # noqa: E731
+    low_high, high_full = lab.effect(aligned(low), aligned(high)), lab.effect(aligned(high), aligned(full))
+    weak = lab.effect([r.glyph[-1] for r in low], [r.glyph[-1] for r in full])
+    return judge(
+        low_high.above and high_full.below and weak.below,
+        alignment_low_minus_high=low_high, alignment_high_minus_all=high_full, fidelity_low_minus_all=weak,
+    )  # fmt: skip
+
+
+@claim(
+    "Ortho-LoRA uses its full rank where LoRA's effective rank is below half",
+    source="Fig. 4, Sec. 3.3",
+    budget="quick",
+    criterion="5 seeds: mean over layers of the effective rank (least k whose top k singular values are 95% of the sum) of "
+    "the trained up matrix is at least 0.9 r for Ortho-LoRA and below 0.5 r for LoRA, in every seed",
+)
+def full_rank_is_used(lab: Lab) -> Finding:
+    ranks: dict[str, list[float]] = {}
+    for name in ("LoRA", "Ortho-LoRA"):
+        for seed in lab.seeds:
+            concept = TAUGHT[seed % len(TAUGHT)]
+            pipe = train(ARMS[name], 1e-3, concept, seed, marks=(60,), batch=2)
+            cores = [m for m in pipe.unet.modules() if type(m).__name__ == "TLora"]
+            ups = [effective_rank(core.P.detach()) / RANK for core in cores]
+            ranks.setdefault(name, []).append(round(sum(ups) / len(ups), 3))
+    return judge(
+        min(ranks["Ortho-LoRA"]) >= 0.9 and max(ranks["LoRA"]) < 0.5,
+        share_of_rank=ranks,
+        note="60 steps of batch 2. The up matrix of Ortho-LoRA starts with orthonormal columns, so that its full rank is "
+        "given by the start and only has to be kept; LoRA's starts at zero.",
+    )
+
+
+def effective_rank(matrix: Tensor, share: float = 0.95) -> int:
+    """Least k whose k largest singular values make `share` of their sum.
+
+    >>> effective_rank(torch.diag(torch.tensor([8.0, 1.0, 1.0])), 0.9)
+    2
+    """
+    s = torch.linalg.svdvals(matrix)
+    return int((s.cumsum(0) < share * s.sum() - 1e-6).sum()) + 1
+
+
+def _figure(runs: list[Run]) -> Any:
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(6.4, 4.6))
+    axes = fig.add_subplot()
+    for i, arm in enumerate(ARMS):
+        mine = _of(runs, arm)
+        x = [sum(r.alignment(k) for r in mine) / len(mine) for k in range(len(MARKS))]
+        y = [sum(r.glyph[k] for r in mine) / len(mine) for k in range(len(MARKS))]
+        axes.plot(x, y, "-", color=f"C{i}", lw=1)
+        axes.scatter(x, y, s=[12, 28, 60], color=f"C{i}", label=arm)
+    axes.set_xlabel("alignment: background and position as the prompt says")
+    axes.set_ylabel("fidelity: the glyph is the concept")
+    axes.set_title(f"After {', '.join(map(str, MARKS))} steps (small to large), r = {RANK}", fontsize=10)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    return fig
