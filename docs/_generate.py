@@ -90,7 +90,8 @@ def generate(docs: Path) -> list[Path]:
     pages[docs / "methods" / "index.md"] = alphabetical(catalogue())
     pages[docs / "methods" / "_choices.md"] = choices()
     pages[docs / "methods" / "_calibration.md"] = findings("calibration") + "\n"
-    pages[docs / "methods" / "_league_starts.md"] = league(docs / "league", "starts")
+    for what in ("starts", "adapters"):
+        pages[docs / "methods" / f"_league_{what}.md"] = league(docs / "league", what)
     for room in ROOMS:
         pages[docs / "rooms" / f"{room}.md"] = room_page(room)
     pages[docs / "rooms" / "index.md"] = rooms_index()
@@ -183,12 +184,15 @@ def league(folder: Path, what: str) -> str:
         for r in kept["rows"][1:]:
             names.setdefault(_choice(r["recipe"]), {})[task] = _glance(r)
     glance = [(f"`{n}`", *(cells.get(t, "") for t in found)) for n, cells in names.items()]
-    parts = [_table(("Start", *(f"`{t}`" for t in found)), glance)]
+    kind = what.removesuffix("s").capitalize()
+    parts = [_table((kind, *(f"`{t}`" for t in found)), glance)]
     for task, kept in found.items():
         base = kept["rows"][0]
         rows = sorted(kept["rows"][1:], key=lambda r: -(r["difference"] if r["difference"] is not None else -1e9))
         told = [_league_row(r) for r in (base, *rows)]
-        heads = ("Start", "Tuned rate", "Score, 95% interval", "Difference to as built", "Verdict", "Start-up")
+        heads = (kind, "Tuned rate", "Score, 95% interval", "Difference to as built", "Verdict", "Start-up")
+        if "trained" in base:
+            heads += ("Step", "Trained", "Memory")
         on = ", ".join(f"{k} {v}" for k, v in kept["versions"].items())
         words = " ".join(shlex.quote(w) for w in kept["command"])
         parts.append(
@@ -198,8 +202,10 @@ def league(folder: Path, what: str) -> str:
 
 
 def _choice(recipe: str) -> str:
-    """`lsuv` of "init=lsuv", without the activation it was told."""
-    return re.sub(r"\(.*", "", recipe.removeprefix("init="))
+    """`lsuv` of "init=lsuv", without the activation it was told; an adapter keeps what it was told."""
+    return (
+        recipe.removeprefix("adapter=") if "adapter=" in recipe else re.sub(r"\(.*", "", recipe.removeprefix("init="))
+    )
 
 
 def _glance(r: dict[str, Any]) -> str:
@@ -216,7 +222,11 @@ def _league_row(r: dict[str, Any]) -> tuple[str, ...]:
     rate = "" if r["rate"] is None else f"{r['rate']:.1e}"
     start = "" if r["start_seconds"] is None else f"{1e3 * r['start_seconds']:.3g} ms"
     gap = three(r["difference"], r["difference_low"], r["difference_high"], "+")
-    return (f"`{_choice(r['recipe'])}`", rate, three(r["score"], r["low"], r["high"]), gap, r["verdict"], start)
+    cells = (f"`{_choice(r['recipe'])}`", rate, three(r["score"], r["low"], r["high"]), gap, r["verdict"], start)
+    if "trained" not in r:
+        return cells
+    step = "" if r["step_seconds"] is None else f"{1e3 * r['step_seconds']:.3g} ms"
+    return (*cells, step, f"{r['trained']:,}", f"{r['training_bytes'] / 2**20:.3g} MiB")
 
 
 def reference(module: str) -> str:

@@ -1,4 +1,6 @@
-"""The league of starts: ``python docs/_league.py [TASK ...]`` runs `pondera compare` and keeps its table in ``docs/league/``.
+"""The leagues: ``python docs/_league.py [TASK ...]`` runs `pondera compare` and keeps its table in ``docs/league/``.
+
+Starts are compared on the tasks that train from nothing, adapters on those that start from a trained net.
 
 A file a task: the command as one would type it, what it printed as JSON, steps and versions. Finished runs lie in
 ``league.db``: the same command goes on from there. `_generate.py` makes the page's tables from the files.
@@ -26,8 +28,23 @@ TASKS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...], tuple[str, ...]]] 
 }
 
 
+ADAPTERS = (  # PEFT's and ours, at about the size that `pondera.lab.tasks` of width 128 to 384 ask for
+    "Lora(r=8)", "Lora(r=8,init_lora_weights='pissa')", "Lora(r=8,init_lora_weights='eva')", "Lora(r=8,use_dora=True)",
+    "Miss(r=8)", "Miss(r=8,init_weights='bat')", "OFT(oft_block_size=16)", "Psoft(r=32)",
+    "Sorsa(r=8)", "Svft(pattern='plain')", "Svft(off_diagonal=8)", "Oft(block_size=16)", "Givens(form='scaled')",
+    "Givens(form='quasi')", "Dota(r=8,n_cores=3)",
+)  # fmt: skip
+ADAPTED: dict[str, tuple[str, ...]] = {
+    "gpt": ("--budget", "80", "--seeds", "3", "--rates", "0.001,0.003,0.01,0.03"),
+    "minilm": ("--budget", "40", "--seeds", "3", "--rates", "0.001,0.003,0.01,0.03"),
+}
+
+
 def command(task: str) -> list[str]:
-    """`pondera compare` on one task with every start that fits it."""
+    """`pondera compare` on one task with every start or adapter that fits it."""
+    if task in ADAPTED:
+        chosen = [word for name in ADAPTERS for word in ("--adapter", name)]
+        return ["pondera", "compare", task, *chosen, *ADAPTED[task], "--json"]
     options, activation, more, without = TASKS[task]
     words = ["pondera", "compare", task]
     for name in (*EVERYWHERE, *more):
@@ -50,10 +67,51 @@ def run(task: str) -> None:
 
     about = {"pondera": __version__, "torch": torch.__version__, "python": platform.python_version()}
     kept = {"command": words, "versions": about, "rows": json.loads(done.stdout.splitlines()[-1])}
+    what = "starts"
+    if task in ADAPTED:
+        what = "adapters"
+        for row in kept["rows"]:
+            row |= costs(task, row["recipe"])
     FOLDER.mkdir(exist_ok=True)
-    (FOLDER / f"starts-{task}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    (FOLDER / f"{what}-{task}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+def costs(task: str, recipe: str) -> dict[str, float]:
+    """What one choice takes besides time: trained numbers, and the bytes that training needs beyond the weights.
+
+    Those are gradients and Adam's two moments of what is trained, what an adapter keeps frozen of its own, and what the
+    forward pass of one batch saves for the backward pass, each piece of memory once.
+    """
+    import torch
+
+    from pondera.lab import Recipe, load_task
+    from pondera.lab.task import batches
+    from pondera.lab.train import prepare
+
+    loaded = load_task(task)
+    fit, _ = loaded.split("final")
+    plain = loaded.build()
+    before = sum(x.numel() * x.element_size() for x in (*plain.parameters(), *plain.buffers()))
+    model = prepare(loaded, Recipe.parse("" if recipe == "as built" else recipe), 0, fit)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    everything = {x.data_ptr(): x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers())}
+    saved: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        place = x.untyped_storage()
+        if place.data_ptr() not in everything:
+            saved[place.data_ptr()] = place.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = loaded.loss(model, next(batches(fit, loaded.settings.batch, 0)))
+    del loss
+    numbers = sum(p.numel() for p in trained)
+    state = 3 * sum(p.numel() * p.element_size() for p in trained)
+    own = max(0, sum(everything.values()) - before)
+    return {"trained": numbers, "training_bytes": state + own + sum(saved.values())}
 
 
 if __name__ == "__main__":
-    for each in sys.argv[1:] or TASKS:
+    for each in sys.argv[1:] or (*TASKS, *ADAPTED):
         run(each)

@@ -68,7 +68,9 @@ def test_exact_keeps_lengths_and_angles_of_the_weight_vectors():
     torch.manual_seed(0)
     layer = nn.Linear(24, 7, dtype=torch.float64)
     before = layer.weight.detach().clone()
-    after = away(wrapped(layer, OftConfig(block_size=8, terms=0, target_modules=["0"])), 1.0).merge_and_unload()[0].weight
+    after = (
+        away(wrapped(layer, OftConfig(block_size=8, terms=0, target_modules=["0"])), 1.0).merge_and_unload()[0].weight
+    )
     assert not torch.allclose(after, before)
     assert torch.allclose(after @ after.T, before @ before.T)
 
@@ -101,7 +103,7 @@ def test_embedding_and_conv1d():
     assert torch.allclose(net.merge_and_unload()(x), after, atol=1e-5)
 
 
-@pytest.mark.parametrize("b", [0, 5, 24, -4])
+@pytest.mark.parametrize("b", [0, 5, 24, -4, 4.0])
 def test_a_block_size_that_does_not_divide_is_refused(b):
     with pytest.raises(BadInput, match=r"layer '0': OFT needs a block_size that divides 12.*such as \[.*got"):
         wrapped(nn.Linear(12, 3), OftConfig(block_size=b, target_modules=["0"]))
@@ -148,7 +150,9 @@ def test_four_or_six_terms_of_peft_are_nearer_to_a_rotation_than_its_five(norm):
     big = skew(torch.randn(28, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), 8)
     big = big * (norm / torch.linalg.matrix_norm(big, 2))
     q = big[tuple(torch.triu_indices(8, 8, 1))]
-    error = {k: torch.linalg.matrix_norm((r := peft_rotation(k, q)).T @ r - torch.eye(8).double(), 2) for k in (4, 5, 6)}
+    error = {
+        k: torch.linalg.matrix_norm((r := peft_rotation(k, q)).T @ r - torch.eye(8).double(), 2) for k in (4, 5, 6)
+    }
     assert error[5].item() == pytest.approx(2 * norm**4 - norm**8, rel=1e-6)
     assert error[4].item() == pytest.approx(norm**6, rel=1e-6)
     assert error[6].item() == pytest.approx(norm**10, rel=1e-6)

@@ -51,7 +51,11 @@ def test_the_change_by_hand():
 
 @pytest.mark.parametrize(
     ("switches", "count"),
-    [({}, lambda r: r * (r - 1) // 2 + 2 * r), (STRICT, lambda r: r * (r - 1) // 2), ({"psoft_orth": False}, lambda r: r * r + 2 * r)],
+    [
+        ({}, lambda r: r * (r - 1) // 2 + 2 * r),
+        (STRICT, lambda r: r * (r - 1) // 2),
+        ({"psoft_orth": False}, lambda r: r * r + 2 * r),
+    ],
 )
 def test_trained_numbers_do_not_depend_on_the_width(switches, count):
     for r in (1, 2, 5):
@@ -103,7 +107,9 @@ def test_six_neumann_terms_are_nearer_to_a_rotation_than_the_default_five():
     q = 0.4 * q / torch.linalg.matrix_norm(q, 2)
     error = {}
     for terms in (5, 6):
-        net, layer, _ = tuned(r=8, layer=nn.Linear(9, 8), use_cayley_neumann=True, num_cayley_neumann_terms=terms, **STRICT)
+        net, layer, _ = tuned(
+            r=8, layer=nn.Linear(9, 8), use_cayley_neumann=True, num_cayley_neumann_terms=terms, **STRICT
+        )
         module = layer.psoft_R["default"].double()
         with torch.no_grad():
             module.weight.copy_(q[tuple(torch.triu_indices(8, 8, 1))])

@@ -412,3 +412,24 @@ def test_a_rank_above_the_layer_is_refused(name):
 def test_docstring_says_what_users_need(name):
     doc = inspect.getdoc(CONFIGS[name])
     assert all(part in doc for part in ("Args:", "Raises:", "Paper:", ">>>")), name
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loading_in_little_memory_keeps_float32_on_a_half_precision_base(name, tmp_path):
+    model, config, x = make(name, "linear")
+    model = model.to(torch.bfloat16)
+    base = copy.deepcopy(model)
+    adapted = shake(peft.get_peft_model(model, config))
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=True)
+    trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    loaded = dict(again.named_parameters())
+    assert all(loaded[n].dtype == torch.float32 and torch.equal(loaded[n], p) for n, p in trained.items())
+    assert again(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_the_layer_shows_its_sizes(name, kind):
+    model, config, _ = make(name, kind)
+    layers = [m for m in peft.get_peft_model(model, config).modules() if isinstance(m, AdapterLayer)]
+    assert all(m.in_features > 0 and m.out_features > 0 for m in layers)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from peft import PeftConfig, PeftType
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import get_quantization_kwargs, quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -122,6 +122,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         layer = self.get_base_layer()
+        self.in_features, self.out_features = _get_in_out_features(layer)
         self.quantization_backend = resolve_quantization_backend(
             layer, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
@@ -149,6 +150,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.cores[adapter_name] = core.to(matrix.device) if not any(p.is_meta for p in core.parameters()) else core
         self.scale_of[adapter_name] = 1.0
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """To the base layer's device; PEFT would round to its dtype as well, and lose what was trained in float32."""
+        core, weight = self.cores[adapter_name], self.get_base_layer().weight
+        if not any(p.is_meta for p in core.parameters()):
+            core.to(weight.device if device is None else device)
 
     # -- forward ----------------------------------------------------------------------------------------------------
 

@@ -29,8 +29,8 @@ class OftConfig(AdapterConfig):
 
     Args:
         block_size: b; must divide the layer's number of inputs, for a convolution its channels (PEFT's default 32).
-        terms: powers of Q kept of the inverse's Neumann series (Cayley-Neumann), at least 2; 0 solves exactly, which is
-            slower. Default 6: its singular values are within q^10 / 2 of 1 for blocks of spectral norm q.
+        terms: powers of Q kept of the inverse's Neumann series (Cayley-Neumann), at least 2; 0 solves exactly. Default 6:
+            the singular values of R lie within q^10 / 2 of 1 for blocks of spectral norm q.
     Raises: BadInput: for a block size that does not divide the layer's inputs, or terms of 1 or below 0.
     Paper: Qiu et al. 2025, arXiv 2506.19847 (abstract) and PEFT, where the authors' method lives.
 
@@ -62,7 +62,7 @@ class BlockRotation(InputRotation):
     def __init__(self, weight: Float[Tensor, "out n"], config: OftConfig) -> None:
         super().__init__()
         n, self.b = weight.shape[1], config.block_size
-        if self.b < 1 or n % self.b:
+        if not isinstance(self.b, int) or self.b < 1 or n % self.b:
             near = sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - self.b))[:2]
             raise BadInput(f"OFT needs a block_size that divides {n}, the inputs, such as {near}; got {self.b}")
         self.terms = config.terms or None

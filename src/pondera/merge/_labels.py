@@ -166,21 +166,8 @@ def _pointwise(t: "Tracer", out: Any, *args: Any, **kwargs: Any) -> Any:
     return _broadcast(t, out.shape, given)
 
 
-@_rule(
-    "copy",
-    "clone",
-    "detach",
-    "alias",
-    "contiguous",
-    "to",
-    "_to_copy",
-    "type_as",
-    "dropout",
-    "fill",
-    "zero",
-    "lift_fresh",
-)
-@_rule("masked_fill", "_conj", "resolve_conj", "resolve_neg", "where", "_prelu_kernel")
+@_rule("copy", "clone", "detach", "alias", "contiguous", "to", "_to_copy", "type_as", "dropout", "fill", "zero")
+@_rule("lift_fresh", "masked_fill", "_conj", "resolve_conj", "resolve_neg", "where", "_prelu_kernel")
 def _same(t: "Tracer", out: Tensor, *args: Any, **kwargs: Any) -> Labels:
     return _pointwise(t, out, *args, **kwargs)
 
@@ -229,11 +216,10 @@ def _added_product(t: "Tracer", out: Tensor, c: Tensor, x: Tensor, y: Tensor, **
 @_rule("convolution")
 def _convolution(t: "Tracer", out: Tensor, x: Tensor, w: Tensor, b: Tensor | None, *args: Any) -> Labels:
     transposed, groups = args[3], args[5]
-    units, kernel = (t.of(w)[0], t.of(w)[1]), t.of(w)[2:]
+    whole, inner, *kernel = t.of(w)
     for label in (*kernel, *t.of(x)[2:]):
         fix(label)
     # the axis that counts all groups is a product: whole groups, then channels alike inside every group
-    whole, inner = (units[0], units[1])
     group = Label(groups)
     tie(whole, combine([group, Label(whole.size // groups)], "product"))
     other = combine([group, inner], "product")
@@ -483,9 +469,8 @@ def _pad(t: "Tracer", out: Tensor, x: Tensor, pad: Sequence[int], value: float =
 def _index(t: "Tracer", out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) -> Labels:
     labels = t.of(x)
     dims = [d for d, i in enumerate(indices) if i is not None]
-    if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices) or dims != list(
-        range(dims[0], dims[-1] + 1)
-    ):
+    masks = any(indices[d].dtype in (torch.bool, torch.uint8) for d in dims)
+    if masks or dims != list(range(dims[0], dims[-1] + 1)):
         return _by_position(t, out, x)
     for d in dims:
         fix(labels[d])

@@ -117,7 +117,7 @@ class Part:
         if self._last is None or self._last[0] != (low, high):
             self._last = None
             x = self.model.read(self.name, low, high).to(self.work)
-            if not x.isfinite().all():
+            if not _finite(x):
                 raise BadInput(f"{self.who} found NaN or infinity in {self.name} of {self.model.said}")
             self._last = (low, high), x
         return self._last[1]
@@ -249,12 +249,12 @@ def _blocks_of(
     for block in rule(parts, facts):
         new, old = block.to(kind), parts[0].flat(low, low + len(block))
         as_written = new.to(work)
-        if not as_written.isfinite().all():
+        if not _finite(as_written):
             raise BadInput(
                 f"{who} would write NaN or infinity into {name}, which is {str(kind).removeprefix('torch.')}"
             )
-        moved += float((as_written - old).abs().square().sum(dtype=torch.float64))
-        size += float(old.abs().square().sum(dtype=torch.float64))
+        moved += _square(as_written - old)
+        size += _square(old)
         low += len(block)
         yield new
     assert low == parts[0].numel, "a rule yields every entry once"
@@ -271,6 +271,18 @@ def _copied(name: str, sources: Sequence["_Model"], changes: dict[str, Change]) 
         same = same and all(torch.equal(mine, other) for other in others)
         yield mine
     changes[name] = Change(name, sources[0].shapes[name], "copied" if same else "copied, models differ")
+
+
+def _finite(x: Num[Tensor, "n"]) -> bool:
+    """No NaN or infinity in it; by the extremes, several times as fast as asking each entry."""
+    x = torch.view_as_real(x) if x.is_complex() else x
+    return not x.numel() or all(math.isfinite(end) for end in torch.aminmax(x))
+
+
+def _square(x: Num[Tensor, "n"]) -> float:
+    """Sum of squares, in float64."""
+    wide = torch.complex128 if x.is_complex() else torch.float64
+    return float(torch.linalg.vector_norm(x, dtype=wide)) ** 2
 
 
 def _number(dtype: torch.dtype) -> bool:

@@ -28,10 +28,13 @@ def trace_permutations(model: nn.Module, example: Batch) -> PermutationSpec:
 
     The model runs once on `example`, in eval mode. Linear layers, convolutions (grouped ones by whole groups and alike
     inside all groups), norm layers, residual sums, flattening, concatenation, attention (heads as blocks; inside the
-    heads one order for all of them) and element-wise operations are followed, whatever the modules are called.
-    Then every entry of a copy of the state is moved a little at random, so that equal entries cannot hide an error, all
-    permutations are drawn at random, and the outputs must stay. Each that changes them is dropped. Left out from the start,
-    with a note: what would have to stand on two axes of one tensor (a recurrent weight, `x + linear(x)`).
+    heads one order for all of them) and element-wise operations are followed, whatever the modules are called. Left out
+    from the start, with a note: what would have to stand on two axes of one tensor (a recurrent weight, `x + linear(x)`).
+
+    Then the proof, on a copy of the state in float64 whose entries are all moved a little, so that equal ones cannot hide
+    an error. All permutations are drawn at random, and the outputs must stay. One that changes them is dropped; so is one
+    that the outputs do not show when a single tensor is reordered, for there that they stay proves nothing. This runs the
+    model at least once a permutation and needs memory for three copies in float64.
 
     The inner order of heads is one for all heads because a spec's axes are products; permutations of one head alone,
     which exist too, are not in it.
@@ -138,7 +141,9 @@ def _proved(
     def seen(p: str) -> bool:
         """Whether the outputs show it when one tensor alone is reordered; else that they stay proves nothing."""
         new = apply_permutation(spec, {p: torch.arange(known[p]).roll(1)}, full)
-        alone = dict.fromkeys(place.tensor for place in spec.places[p] if place.tensor in {a[0] for a in aliases.values()})
+        alone = dict.fromkeys(
+            place.tensor for place in spec.places[p] if place.tensor in {a[0] for a in aliases.values()}
+        )
         return any(not same({**full, name: new[name]}) for name in alone)
 
     if not unchanged(()):

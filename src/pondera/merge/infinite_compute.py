@@ -113,8 +113,8 @@ def fit_power_law(x: Sequence[float] | Tensor, loss: Sequence[float] | Tensor) -
 
     xs, ys = _points(x, loss)
     n = len(xs)
-    scale = float(np.exp(np.log(xs).mean()))  # u = x / scale keeps the columns comparable
-    u, spread = xs / scale, float(np.ptp(ys))
+    scale, spread = float(xs[0]), float(np.ptp(ys))
+    u = xs / scale  # at least 1, so that no power of it overflows
 
     def given_exponent(alpha: "np.ndarray") -> tuple["np.ndarray", "np.ndarray", "np.ndarray"]:
         """E, A and the sum of squares for each alpha."""
@@ -192,9 +192,11 @@ def _problems(xs: "np.ndarray", ys: "np.ndarray", A: float, low: float, n: int) 
     import numpy as np
 
     found = []
+    sizes = np.unique(xs)
     if n == 3:
         found.append("three points fix three unknowns, so nothing tells how far off the law is")
-    sizes = np.unique(xs)
+    elif len(sizes) == 3:
+        found.append("three different x fix three unknowns, so nothing tells whether the law holds between them")
     means = [float(ys[xs == s].mean()) for s in sizes]
     for i in range(len(sizes) - 1):
         if means[i + 1] >= means[i]:

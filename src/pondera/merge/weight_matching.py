@@ -96,6 +96,8 @@ def weight_matching(
     `(1 - t) * a + t * result`, or look at `barrier`. Batch norm's running statistics are reordered with the units, do
     not count in the match, and must be re-estimated after merging (`reset_norms_`).
 
+    Both networks and one reordered copy are in memory; products are float64, one tensor at a time.
+
     Args:
         a: the network that stays, a module or a state dict.
         b: the network to reorder, of the same architecture; it is not changed.
@@ -175,7 +177,8 @@ def match_many(
     """Reorder several networks so that they fit each other, and average them.
 
     Networks are visited in a random order; each is matched to the mean of the others as they lie now, until no network's
-    distance to that mean falls (by more than 1e-12 of the norms). Every step lowers the sum of squared distances.
+    distance to that mean falls (by more than 1e-12 of the norms). Every step lowers the sum of squared distances; the end
+    is a local optimum.
 
     Args:
         models: at least two networks of one architecture, modules or state dicts; they are not changed.
@@ -187,7 +190,8 @@ def match_many(
     Paper: "MergeMany" of Ainsworth et al. 2023, arXiv 2209.04836.
 
     >>> a = {"w": torch.tensor([[1.0], [2.0], [3.0]])}
-    >>> found = match_many([a, {"w": a["w"].flip(0)}, {"w": a["w"].roll(1, 0)}], PermutationSpec({"w": ("h", None)}))
+    >>> others = {"w": a["w"].flip(0)}, {"w": a["w"].roll(1, 0)}
+    >>> found = match_many([a, *others], PermutationSpec({"w": ("h", None)}), generator=Generator().manual_seed(0))
     >>> found.mean["w"].flatten().sort().values.tolist(), found.history[-1]
     ([1.0, 2.0, 3.0], 0.0)
     """
@@ -202,7 +206,8 @@ def match_many(
     now, perms = [dict(s) for s in given], [identities(sizes) for _ in given]
     counted = [name for name in spec.axes if given[0][name].is_floating_point()]
     total = {name: sum(s[name].double() for s in now) for name in counted}
-    history, converged = [_spread(now, total)], False
+    apart = [name for name in counted if name not in spec.carried]
+    history, converged = [_spread(now, total, apart)], False
     for _ in range(max_iter):
         progress = False
         for i in _shuffled(len(now), generator):
@@ -217,7 +222,7 @@ def match_many(
             now[i] = apply_permutation(spec, perms[i], given[i])
             for name in counted:
                 total[name] += now[i][name]
-        history.append(_spread(now, total))
+        history.append(_spread(now, total, apart))
         if not progress:
             converged = True
             break
@@ -486,10 +491,10 @@ def _distance(spec: PermutationSpec, a: State, b: State) -> float:
     return sum(float((a[name].double() - b[name].to(a[name].device).double()).square().sum()) for name in names) ** 0.5
 
 
-def _spread(states: Sequence[State], total: Mapping[str, Tensor]) -> float:
+def _spread(states: Sequence[State], total: Mapping[str, Tensor], names: Sequence[str]) -> float:
     """Sum over networks of the squared distance to their mean."""
     n = len(states)
-    return sum(float((s[name].double() - t / n).square().sum()) for s in states for name, t in total.items())
+    return sum(float((s[name].double() - total[name] / n).square().sum()) for s in states for name in names)
 
 
 # -- what is given ----------------------------------------------------------------------------------------------------

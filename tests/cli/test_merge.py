@@ -1,0 +1,81 @@
+"""`pondera merge` as a user types it."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pondera.cli import _app
+
+
+@pytest.fixture
+def pondera(folder, monkeypatch, capsys):
+    """`pondera merge ...` in this process, in `folder`."""
+    monkeypatch.chdir(folder)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["pondera", "merge", *args])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            _app.main()
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=left.value.code or 0, stdout=said.out, stderr=said.err)
+
+    return run
+
+
+def refused(result, words):
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = [line for line in result.stderr.strip().splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("pondera: ")
+    assert words in lines[0]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i, name in enumerate(("pre", "a", "b")):
+        state = {"body": torch.full((4,), float(i)), "head.w": torch.full((2,), 2.0 * i), "n": torch.tensor(i)}
+        save_file(state, tmp_path / f"{name}.safetensors")
+    save_file({"body": torch.zeros(4), "head.w": torch.zeros(3), "n": torch.tensor(0)}, tmp_path / "other.safetensors")
+    return tmp_path
+
+
+def test_each_method_writes_what_it_says(folder, pondera):
+    models = ("pre.safetensors", "a.safetensors", "b.safetensors")
+    result = pondera("fuse", *models, "-o", "fused.safetensors", "--weights", "0.5,0.25,0.25")
+    assert result.returncode == 0, result.stderr
+    assert load_file(folder / "fused.safetensors")["body"].tolist() == [0.75] * 4
+    for words in ("fuse: 3 models, 2 tensors merged, 1 copied", "where models differ: n", "written: fused.safetensors"):
+        assert words in result.stdout
+
+    result = pondera("stock", *models, "-o", "stock", "--shard-size", "20B", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert {t["name"]: t.get("t") for t in report["tensors"]} == {"body": 1.0, "head.w": 1.0, "n": None}
+    assert report["files"][-1] == "stock/model.safetensors.index.json"
+
+    result = pondera("wise", models[0], "stock", "-o", "wise.safetensors", "--alpha", "0.2")
+    assert result.returncode == 0, result.stderr
+    assert load_file(folder / "wise.safetensors")["head.w"].tolist() == pytest.approx([0.6, 0.6])
+
+    result = pondera("bang", *models[:2], "-o", "bang.safetensors", "--head", "head", "--scale", "0.5")
+    assert result.returncode == 0, result.stderr
+    got = load_file(folder / "bang.safetensors")
+    assert (got["body"][0].item(), got["head.w"][0].item()) == (0.5, 0.5)
+    assert "scale: from 0.5 (head.w)" in result.stdout
+
+
+def test_bad_input_is_one_sentence_and_leaves_nothing(folder, pondera):
+    before = sorted(p.name for p in folder.iterdir())
+    a, b, other = "a.safetensors", "b.safetensors", "other.safetensors"
+    refused(pondera("fuse", a, other, "-o", "out.safetensors"), "head.w (2,) against (3,)")
+    refused(pondera("fuse", a, b, "-o", "out.safetensors", "--weights", "half,half"), "--weights takes numbers")
+    refused(pondera("stock", a, b, "-o", "out.safetensors"), "at least 3 models, got 2")
+    refused(pondera("wise", a, "none.safetensors", "-o", "out.safetensors"), "none.safetensors")
+    refused(pondera("bang", a, b, "-o", "out.safetensors", "--head", "head"), "head and its scale together")
+    assert sorted(p.name for p in folder.iterdir()) == before
+    assert pondera("fuse", a, other, "-o", "out.safetensors", "--drop", "head").returncode == 0
