@@ -79,3 +79,41 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(folder, pondera):
     refused(pondera("bang", a, b, "-o", "out.safetensors", "--head", "head"), "head and its scale together")
     assert sorted(p.name for p in folder.iterdir()) == before
     assert pondera("fuse", a, other, "-o", "out.safetensors", "--drop", "head").returncode == 0
+
+
+def test_match_reorders_and_averages(folder, pondera):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
+    order = torch.randperm(16)
+    a = net.state_dict()
+    b = {"0.weight": a["0.weight"][order], "0.bias": a["0.bias"][order], "2.weight": a["2.weight"][:, order]}
+    save_file(a, folder / "one.safetensors")
+    save_file({k: v.contiguous() for k, v in (b | {"2.bias": a["2.bias"]}).items()}, folder / "two.safetensors")
+    spec = {"axes": {"0.weight": ["h", None], "0.bias": ["h"], "2.weight": [None, "h"], "2.bias": [None]}}
+    (folder / "spec.json").write_text(json.dumps(spec))
+    (folder / "task.py").write_text(
+        "import torch\n"
+        "def build():\n    n = torch.nn\n    return n.Sequential(n.Linear(64, 16), n.ReLU(), n.Linear(16, 10))\n"
+        "def data():\n    x = torch.randn(40, 64)\n    return (x[:30], torch.arange(30) % 10), (x[30:], torch.arange(10))\n"
+    )
+    for how in (("--spec", "spec.json"), ("--task", "task.py")):
+        result = pondera("match", "one.safetensors", "two.safetensors", "-o", "both.safetensors", *how)
+        assert result.returncode == 0, result.stderr
+        assert "units in 1 permutations moved" in result.stdout
+        both = load_file(folder / "both.safetensors")
+        assert all(torch.allclose(both[k], a[k]) for k in a)
+
+
+def test_match_refuses(folder, pondera):
+    refused(pondera("match", "a.safetensors", "b.safetensors", "-o", "c.safetensors"), "either --spec or --task")
+    refused(
+        pondera("match", "a.safetensors", "b.safetensors", "-o", "c.safetensors", "--spec", "no.json"),
+        "no file no.json",
+    )
+    (folder / "spec.json").write_text("{}")
+    refused(pondera("match", "a.safetensors", "b.safetensors", "-o", "c.safetensors", "--spec", "spec.json"), "axes")
+    (folder / "spec.json").write_text(json.dumps({"axes": {"body": ["h"], "head.w": ["h"], "n": []}}))
+    refused(
+        pondera("match", "a.safetensors", "b.safetensors", "-o", "a.safetensors", "--spec", "spec.json"), "write over"
+    )
+    assert not (folder / "c.safetensors").exists()

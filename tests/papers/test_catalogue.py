@@ -11,7 +11,7 @@ from pondera.papers import catalogue, paper, status
 from pondera.replications import evidence, keys
 from pondera.replications._claims import evidence_folder
 
-ROOMS = ("init", "parametrize", "nn", "penalties", "optim", "probe")
+ROOMS = ("init", "parametrize", "nn", "penalties", "optim", "probe", "adapters", "merge")
 
 
 def test_all_rows_are_there_and_whole():
@@ -39,7 +39,8 @@ def test_every_object_named_resolves(p):
 @pytest.mark.parametrize("room", ROOMS)
 def test_every_public_object_is_named_by_a_row(room):
     named = {path for p in catalogue() for path in p.objects}
-    shared = {"pondera.optim.groups"}  # serves every matrix optimizer of the room
+    # serve every matrix optimizer, every merge
+    shared = {"pondera.optim.groups", "pondera.merge.MergedState"}
     module = importlib.import_module(f"pondera.{room}")
     results = {
         n

@@ -104,6 +104,48 @@ def bang(
     _print(bang_files(pretrained, finetuned, to, alpha, head=head or (), scale=scale, shard_size=shard_size), as_json)
 
 
+@merge.command()
+def match(
+    a: Annotated[Path, typer.Argument(help=f"The model that stays: {FORMS}")],
+    b: Annotated[Path, typer.Argument(help="The model whose units are reordered to fit it.")],
+    to: Out,
+    spec: Annotated[Path | None, typer.Option(help="JSON file of which units may change places.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Or a task (a file with build() and data()) whose model is traced for that.")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="0.5: the average; 1: the reordered model itself.")] = 0.5,
+    restarts: Annotated[int, typer.Option(help="Starts of the search; the best is kept.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the orders the search takes.")] = 0,
+    shard_size: ShardSize = None,
+    as_json: AsJson = False,
+) -> None:
+    """Weight matching: average two models trained from different seeds, the units of one put in order first.
+
+    Both models are held in memory for the match. Nets with batch norm need their statistics estimated again afterwards.
+    """
+    from torch import Generator
+
+    from pondera.merge import PermutationSpec, match_files, trace_permutations
+
+    if (spec is None) == (task is None):
+        raise BadInput("match needs to know which units may change places: give either --spec or --task")
+    if spec is not None:
+        if not spec.is_file():
+            raise BadInput(f"there is no file {spec}")
+        known = PermutationSpec.from_json(spec.read_text(encoding="utf-8"))
+    else:
+        from pondera.lab import load_task
+
+        loaded = load_task(str(task))
+        train, _ = loaded.data()
+        known = trace_permutations(loaded.build().eval(), loaded.inputs(tuple(t[:8] for t in train)))
+    draw = Generator().manual_seed(seed)
+    found, report = match_files(a, b, to, known, alpha=alpha, restarts=restarts, generator=draw, shard_size=shard_size)
+    if not as_json:
+        print(found.summary())
+    _print(report, as_json)
+
+
 def _print(report: "MergeReport", as_json: bool) -> None:
     print(json.dumps(report.to_json()) if as_json else report.summary())
 

@@ -11,24 +11,69 @@ models, and return the report.
 tensor([0.5000, 0.5000])
 """
 
+from pondera.merge._match_files import match_files
+from pondera.merge._permutation import PermutationSpec, apply_permutation
 from pondera.merge._stream import Change, MergedState, MergeReport
+from pondera.merge._trace import trace_permutations
 from pondera.merge.bang import balancing_scale, bang, bang_files, bang_loss, wise_ft, wise_ft_files
+from pondera.merge.barrier import Barrier, barrier, reset_norms_
 from pondera.merge.fuse import fuse, fuse_files
+from pondera.merge.infinite_compute import Ensemble, PowerLaw, fit_power_law, mixed_batches, sample_sequences
 from pondera.merge.model_stock import model_stock, model_stock_files, stock_epoch_
+from pondera.merge.orthogonal_merge import (
+    OrthogonalMerge,
+    bake_orthogonal_merge,
+    orthogonal_dropout,
+    orthogonal_dropout_merge,
+    orthogonal_factors,
+)
+from pondera.merge.weight_matching import (
+    ManyMatched,
+    Matched,
+    SingularAlignment,
+    match_many,
+    singular_alignment,
+    straight_through_matching,
+    weight_matching,
+)
 
 __all__ = [
+    "Barrier",
     "Change",
+    "Ensemble",
+    "ManyMatched",
+    "Matched",
     "MergeReport",
     "MergedState",
+    "OrthogonalMerge",
+    "PermutationSpec",
+    "PowerLaw",
+    "SingularAlignment",
+    "apply_permutation",
+    "bake_orthogonal_merge",
     "balancing_scale",
     "bang",
     "bang_files",
     "bang_loss",
+    "barrier",
+    "fit_power_law",
     "fuse",
     "fuse_files",
+    "match_files",
+    "match_many",
+    "mixed_batches",
     "model_stock",
     "model_stock_files",
+    "orthogonal_dropout",
+    "orthogonal_dropout_merge",
+    "orthogonal_factors",
+    "reset_norms_",
+    "sample_sequences",
+    "singular_alignment",
     "stock_epoch_",
+    "straight_through_matching",
+    "trace_permutations",
+    "weight_matching",
     "wise_ft",
     "wise_ft_files",
 ]
