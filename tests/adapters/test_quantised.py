@@ -53,10 +53,8 @@ def test_four_bit_base(name, tmp_path):
     assert adapted.base_model.model.a.base_layer.weight.dtype == torch.uint8
 
     adapted.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(base, tmp_path)
-    with torch.no_grad():  # without gradients bitsandbytes multiplies in another way, and rounds otherwise
-        wanted = adapted(x)
-        assert torch.allclose(again(x), wanted, atol=1e-5)
+    again = peft.PeftModel.from_pretrained(base, tmp_path).train()  # in eval mode bitsandbytes rounds otherwise
+    assert torch.allclose(again(x), wanted, atol=1e-5)
 
     layer = adapted.base_model.model.a
     dense = layer.merged_weight(layer.get_base_weight(), ["default"])
@@ -64,5 +62,4 @@ def test_four_bit_base(name, tmp_path):
     rounded = layer.get_base_weight()
     assert (rounded - dense).norm() < 0.12 * dense.norm()
     adapted.unmerge_adapter()
-    with torch.no_grad():
-        assert (adapted(x) - wanted).norm() < 1e-3 * wanted.norm()
+    assert (adapted(x) - wanted).norm() < 1e-3 * wanted.norm()

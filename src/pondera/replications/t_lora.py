@@ -3,8 +3,13 @@
 The base is `pondera.lab.glyphs`, the one image shows the concept on gray in the centre, and the training prompt is "a sks
 glyph". Asked for are other backgrounds and positions. A judge that never saw a generated image says whether the glyph is
 the concept (fidelity) and whether background and position are what the prompt says (alignment). All choices have the
-same rank, steps, batch, noise and optimizer; the rate of each is chosen from the same grid on three other concepts, by
-the sum of fidelity and alignment.
+same rank, steps, batch, noise and optimizer; the rate of each is chosen from the same grid on two other concepts, by
+the sum of fidelity and alignment. Position counts as right when the height is: the base knows top from bottom and does not
+know left from right.
+
+This is the second design. In the first, 200 steps of batch 2 and other concepts, no choice had learnt the concept (LoRA drew
+it under the training prompt in 42%), so that nothing could overfit; fidelity and alignment of all were alike. Concepts are
+now those that LoRA, on a seed not used again, draws under the training prompt in most images after 300 steps.
 """
 
 from collections.abc import Callable
@@ -20,10 +25,10 @@ from torch import Generator, Tensor
 from pondera.replications import Finding, Lab, claim, judge
 
 RANK, BATCH = 32, 4
-MARKS = (100, 200, 300)  # steps after which a run is looked at; the last is the one judged
+MARKS = (150, 300)  # steps after which a run is looked at; the last is the one judged
 RATES = (3e-4, 1e-3, 3e-3)
-TUNED_ON = ("hash", "eject", "question")
-TAUGHT = ("knight", "umbrella", "omega", "psi", "euro")
+TUNED_ON = ("plane", "question")
+TAUGHT = ("knight", "flag", "omega", "eject", "euro")
 SEEDS = (0, 1, 2)
 PLACES = (
     ("blue", "top left"), ("white", "bottom right"), ("brown", "top right"), ("striped", "bottom left"),
@@ -100,9 +105,9 @@ def _run(task: tuple[str, float, str, int, tuple[int, ...]]) -> Run:
     def look(pipe: Any) -> None:
         right: dict[str, list[bool]] = {k: [] for k in shares}
         for (background, position), images in zip(PLACES, _draw(pipe, seed).split(EACH)):
-            asked = {"glyph": concept, "background": background, "position": position}
-            for k, v in glyphs.judges().agrees(images, **asked).items():
+            for k, v in glyphs.judges().agrees(images, glyph=concept, background=background).items():
                 right[k] += v.tolist()
+            right["position"] += [height(said) == height(position) for said in glyphs.judges().name(images, "position")]
         for k, v in right.items():
             shares[k].append(sum(v) / len(v))
 
@@ -121,7 +126,7 @@ def _draw(pipe: Any, seed: int) -> Tensor:
 
 def _sample(pipe: Any, prompts: list[str], seed: int) -> Tensor:
     return pipe(
-        prompts, num_inference_steps=20, guidance_scale=3.0, generator=Generator().manual_seed(seed), output_type="pt"
+        prompts, num_inference_steps=12, guidance_scale=2.0, generator=Generator().manual_seed(seed), output_type="pt"
     ).images
 
 
@@ -223,16 +228,25 @@ def full_rank_is_used(lab: Lab) -> Finding:
     for name in ("LoRA", "Ortho-LoRA"):
         for seed in lab.seeds:
             concept = TAUGHT[seed % len(TAUGHT)]
-            pipe = train(ARMS[name], 1e-3, concept, seed, marks=(60,), batch=2)
+            pipe = train(ARMS[name], 1e-3, concept, seed, marks=(40,))
             cores = [m for m in pipe.unet.modules() if type(m).__name__ == "TLora"]
             ups = [effective_rank(core.P.detach()) / RANK for core in cores]
             ranks.setdefault(name, []).append(round(sum(ups) / len(ups), 3))
     return judge(
         min(ranks["Ortho-LoRA"]) >= 0.9 and max(ranks["LoRA"]) < 0.5,
         share_of_rank=ranks,
-        note="60 steps of batch 2. The up matrix of Ortho-LoRA starts with orthonormal columns, so that its full rank is "
+        note="After 40 steps. The up matrix of Ortho-LoRA starts with orthonormal columns, so that its full rank is "
         "given by the start and only has to be kept; LoRA's starts at zero.",
     )
+
+
+def height(position: str) -> str:
+    """Top, center or bottom.
+
+    >>> height("bottom left")
+    'bottom'
+    """
+    return position.split()[0]
 
 
 def effective_rank(matrix: Tensor, share: float = 0.95) -> int:

@@ -1,0 +1,414 @@
+"""Orthogonal Monte Carlo dropout (arXiv 2510.03262): exactly orthogonal adapters at no extra cost, and do they compose better?
+
+The paper merges LoRA modules of objects and styles in SDXL. Here a net tells which digit an image shows and in which of
+five styles, upright; on images turned by a quarter one adapter learns the digit and another, alone, the style. Merged,
+the net should tell both.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from itertools import combinations, pairwise
+from math import log
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from pondera.merge.orthogonal_merge import bake_orthogonal_merge, orthogonal_dropout_merge
+from pondera.replications import Finding, Lab, claim, judge
+
+WIDTH, DEPTH, CLASSES, STYLES, RANK = 128, 4, 10, 5, 8
+STEPS, BATCH, RATE, ADAPTER_RATE, DROP = 500, 64, 3e-3, 1e-2, 0.5
+WEIGHTS = (0.5, 0.7, 1.0, 1.4, 2.0)  # of both adapters, tuned for each way to merge
+NETS, PASSES = (
+    4,
+    16,
+)  # nets a seed, averaged; passes whose logits are averaged (a diffusion model draws masks at every step)
+DROPPED = ("independent dropout", "orthogonal dropout")
+MARGIN = 0.02
+
+
+def mlp(seed: int, sizes: Sequence[int]) -> nn.Sequential:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for a, b in pairwise(sizes):
+            layers += [nn.Linear(a, b), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def with_adapters(base: nn.Sequential, names: Sequence[str], *, rank: int, seed: int, blank: bool) -> Any:
+    """LoRA on every linear layer; B zero if `blank` (to be trained), else random."""
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        targets = [str(i) for i in range(0, len(base), 2)]
+        configs = [
+            LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, init_lora_weights=blank) for _ in names
+        ]
+        model = get_peft_model(base, configs[0], adapter_name=names[0])
+        for name, config in zip(names[1:], configs[1:]):
+            model.add_adapter(name, config)
+    return model
+
+
+def lora_layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return [m for m in model.modules() if isinstance(m, LoraLayer)]
+
+
+@contextmanager
+def plain_sum(model: Any, names: Sequence[str], weights: Sequence[float]) -> Iterator[None]:
+    """PEFT's active adapters, weighted."""
+    model.base_model.set_adapter(list(names))
+    before = [dict(layer.scaling) for layer in lora_layers(model)]
+    for layer in lora_layers(model):
+        for name, w in zip(names, weights):
+            layer.scaling[name] *= w
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(lora_layers(model), before):
+            layer.scaling.update(scaling)
+
+
+@contextmanager
+def independent_dropout(
+    model: Any, names: Sequence[str], weights: Sequence[float], generator: Generator
+) -> Iterator[None]:
+    """The paper's other baseline: each adapter's output dropped out at the same rate, masks independent."""
+
+    def drop(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        kept = torch.rand(out.shape, generator=generator) >= DROP
+        return out * kept / (1 - DROP)
+
+    hooks = [layer.lora_B[n].register_forward_hook(drop) for layer in lora_layers(model) for n in names]
+    try:
+        with plain_sum(model, names, weights):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# -- orthogonality and cost -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def largest_products(model: Any, names: Sequence[str], x: Tensor) -> list[float]:
+    """For each layer the largest |inner product| of two adapters' outputs over positions, over the product of lengths."""
+    seen: list[list[Tensor]] = []
+    hooks = []
+    for layer in lora_layers(model):
+        parts: list[Tensor] = []
+        seen.append(parts)
+        for n in names:
+            hooks.append(layer.lora_B[n].register_forward_hook(lambda m, a, out, to=parts: to.append(out.double())))
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    cosines = [[F.cosine_similarity(p, q, dim=-1).abs().max() for p, q in combinations(parts, 2)] for parts in seen]
+    return [float(max(c)) for c in cosines]
+
+
+@claim(
+    "What merged adapters give a layer is orthogonal, exactly",
+    source="abstract (theory and run time)",
+    criterion="net of 4 layers, width 64, random inputs, 2 and 3 random adapters of rank 4, float32 and bfloat16, 5 seeds: in "
+    "every layer, position and pair the inner product is 0 under the method, and the largest |cosine| is above 0.1 in every "
+    "layer for the plain sum and for dropout with independent masks",
+)
+def exactly_orthogonal(lab: Lab) -> Finding:
+    found: dict[str, list[float]] = {"orthogonal": [], "independent dropout": [], "plain sum": []}
+    for seed in lab.seeds:
+        for names in (["one", "two"], ["one", "two", "three"]):
+            for dtype in (torch.float32, torch.bfloat16):
+                model = with_adapters(mlp(seed, [64] * 5), names, rank=4, seed=seed, blank=False).to(dtype)
+                x, w = torch.randn(50, 64, generator=lab.generator(seed)).to(dtype), [1.0] * len(names)
+                with orthogonal_dropout_merge(model, names, generator=lab.generator(seed)):
+                    found["orthogonal"] += largest_products(model, names, x)
+                with independent_dropout(model, names, w, lab.generator(seed)):
+                    found["independent dropout"] += largest_products(model, names, x)
+                with plain_sum(model, names, w):
+                    found["plain sum"] += largest_products(model, names, x)
+    others = found["independent dropout"] + found["plain sum"]
+    return judge(
+        max(found["orthogonal"]) == 0 and min(others) > 0.1,
+        largest_cosine_over_layers={name: [min(v), max(v)] for name, v in found.items()},
+    )
+
+
+class Written(TorchDispatchMode):
+    """Counts the entries of every tensor that an operation returns (views left out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view:
+            self.entries += out.numel()
+        return out
+
+
+@torch.no_grad()
+def cost(model: Any, x: Tensor, merge: Callable[[], Any]) -> tuple[int, int]:
+    """Operations of all matrix products of a forward pass, and entries written by all operations."""
+    with merge(), FlopCounterMode(display=False) as flops:
+        model(x)
+    with merge(), Written() as written:
+        model(x)
+    return flops.get_total_flops(), written.entries
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Exponent of growth, from the last doubling."""
+    return log(y[-1] / y[-2]) / log(x[-1] / x[-2])
+
+
+@claim(
+    "It takes no extra time complexity over the plain sum of the adapters",
+    source="abstract",
+    criterion="one forward pass of 128 rows through 4 layers, rank 8: with the masks as many matrix operations as without, for 2 "
+    "to 32 adapters (width 256) and widths 64 to 1024 (4 adapters); entries written by all operations at most 4 times as many, "
+    "with exponents of growth (last doubling) in either at most those of the plain sum plus 0.05",
+)
+def no_extra_cost(lab: Lab) -> Finding:
+    def measured(width: int, k: int) -> dict[str, tuple[int, int]]:
+        names = [f"number {i}" for i in range(k)]
+        model = with_adapters(mlp(0, [width] * 5), names, rank=8, seed=0, blank=False)
+        x = torch.randn(128, width, generator=lab.generator(0))
+        return {
+            "plain": cost(model, x, lambda: plain_sum(model, names, [1.0] * k)),
+            "masked": cost(model, x, lambda: orthogonal_dropout_merge(model, names, generator=lab.generator(0))),
+            "merged into one": cost(model, x, lambda: _merged(model, names)),
+        }
+
+    many, widths = (2, 4, 8, 16, 32), (64, 128, 256, 512, 1024)
+    by_number, by_width = [measured(256, k) for k in many], [measured(w, 4) for w in widths]
+    rows = by_number + by_width
+    exponents = {
+        name: {
+            "in adapters": slope(many, [r[name][1] for r in by_number]),
+            "in width": slope(widths, [r[name][1] for r in by_width]),
+        }
+        for name in ("plain", "masked")
+    }
+    ratio = [r["masked"][1] / r["plain"][1] for r in rows]
+    return judge(
+        all(r["masked"][0] == r["plain"][0] for r in rows)
+        and max(ratio) <= 4
+        and all(exponents["masked"][k] <= exponents["plain"][k] + 0.05 for k in exponents["plain"]),
+        entries_written_over_plain=ratio,
+        exponents=exponents,
+        matrix_operations_over_a_merged_weight=[r["masked"][0] / r["merged into one"][0] for r in by_number],
+        note="no more than the plain sum of adapters that stay apart. Adapters that are added into the weight once (PEFT's "
+        "merge) run at the cost of the base alone, and masks drawn in every call rule that out",
+    )
+
+
+@contextmanager
+def _merged(model: Any, names: Sequence[str]) -> Iterator[None]:
+    model.merge_adapter(list(names))
+    try:
+        yield
+    finally:
+        model.unmerge_adapter()
+
+
+# -- two adapters, two things to tell ---------------------------------------------------------------------------------
+
+
+def drawn(x: Tensor, style: Tensor, g: Generator) -> Tensor:
+    """8 x 8 images in 0..1, each in its style: plain, negative, striped, blurred, on a ramp."""
+    ramp = torch.linspace(0, 0.7, 8).expand(8, 8)
+    stripes = (torch.arange(8) % 2).float().expand(8, 8)
+    blurred = F.avg_pool2d(F.pad(x[:, None], (1, 1, 1, 1)), 3, stride=1)[:, 0]
+    every = torch.stack([x, 1 - x, x * stripes, blurred, torch.maximum(x, ramp)], dim=1)
+    chosen = every[torch.arange(len(x)), style]
+    return chosen + 0.1 * torch.randn(chosen.shape, generator=g)
+
+
+@cache
+def material(seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Digits in random styles, turned, with (class, style): 1,000 to train on, 300 to tune weights on, the rest to test."""
+    from sklearn.datasets import load_digits
+
+    g = torch.Generator().manual_seed(seed)
+    x, y = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
+    order = torch.randperm(len(x), generator=g)
+    x, y = x[order].float().view(-1, 8, 8) / 16, y[order].long()
+    style = torch.randint(STYLES, (len(x),), generator=g)
+    x = drawn(x, style, g).rot90(1, (1, 2)).flatten(1)
+    labels = torch.stack([y, style], 1)
+    return {
+        n: (x[s], labels[s])
+        for n, s in (("fit", slice(1000)), ("tune", slice(1000, 1300)), ("test", slice(1300, None)))
+    }
+
+
+def forward(x: Tensor, base: list[Tensor], adapter: Sequence[Tensor] = ()) -> Tensor:
+    """Many nets side by side: weights and biases by turns, and an adapter's A and B by turns; alpha / r is 2 as in PEFT."""
+    h = x
+    for i in range(0, len(base), 2):
+        out = torch.baddbmm(base[i + 1], h, base[i].mT)
+        if adapter:
+            out = out + 2 * h @ adapter[i].mT @ adapter[i + 1].mT
+        h = out.relu() if i + 2 < len(base) else out
+    return h
+
+
+def learn(params: list[Tensor], numbers: Sequence[int], rate: float, loss: Callable[[Tensor], Tensor]) -> None:
+    """Adam with a cosine on nets side by side; `loss` takes the row numbers of a batch for each."""
+    rows = torch.stack(
+        [torch.randint(1000, (STEPS, BATCH), generator=torch.Generator().manual_seed(n)) for n in numbers], 1
+    )
+    optimizer = torch.optim.Adam([p.requires_grad_() for p in params], lr=rate)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss(rows[step]).backward()
+        optimizer.step()
+        decay.step()
+    for p in params:
+        p.requires_grad_(False)
+
+
+@cache
+def trained(numbers: tuple[int, ...]) -> list[Any]:
+    """For each number a net that tells class and style of upright images, with an adapter for each on turned ones."""
+    sizes = [64] + [WIDTH] * (DEPTH - 1) + [CLASSES + STYLES]
+    models = [with_adapters(mlp(n, sizes), ["class", "style"], rank=RANK, seed=n, blank=True) for n in numbers]
+    layers = [lora_layers(m) for m in models]
+    base = [
+        torch.stack([p.detach().clone().view(-1, p.shape[-1]) for p in same])
+        for at in range(DEPTH)
+        for same in zip(*((each[at].base_layer.weight, each[at].base_layer.bias) for each in layers))
+    ]
+    x = torch.stack([material(n)["fit"][0] for n in numbers])
+    labels = torch.stack([material(n)["fit"][1] for n in numbers])
+    net = torch.arange(len(numbers))[:, None]
+    upright = x.unflatten(2, (8, 8)).rot90(-1, (2, 3)).flatten(2)
+
+    def both(rows: Tensor) -> Tensor:
+        z, y = logits(forward(upright[net, rows], base)), labels[net, rows]
+        return cross_entropy(z[0], y[..., 0]) + cross_entropy(z[1], y[..., 1])
+
+    learn(base, numbers, RATE, both)
+    adapters = {}
+    for which, name in enumerate(("class", "style")):
+        pairs = [
+            torch.stack([each[at].get_submodule(f"{part}.{name}").weight.detach().clone() for each in layers])
+            for at in range(DEPTH)
+            for part in ("lora_A", "lora_B")
+        ]
+
+        def own(rows: Tensor, which: int = which, pairs: list[Tensor] = pairs) -> Tensor:
+            return cross_entropy(logits(forward(x[net, rows], base, pairs))[which], labels[net, rows, which])
+
+        learn(pairs, numbers, ADAPTER_RATE, own)
+        adapters[name] = pairs
+    with torch.no_grad():
+        for i, each in enumerate(layers):
+            for at, layer in enumerate(each):
+                layer.base_layer.weight.copy_(base[2 * at][i])
+                layer.base_layer.bias.copy_(base[2 * at + 1][i, 0])
+                for name, pairs in adapters.items():
+                    layer.lora_A[name].weight.copy_(pairs[2 * at][i])
+                    layer.lora_B[name].weight.copy_(pairs[2 * at + 1][i])
+    return [m.eval() for m in models]
+
+
+def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+    """Mean over rows, sum over nets."""
+    return F.cross_entropy(z.flatten(0, 1), y.flatten()) * len(z)
+
+
+def logits(out: Tensor) -> tuple[Tensor, Tensor]:
+    return out[..., :CLASSES], out[..., CLASSES:]
+
+
+@torch.no_grad()
+def told(model: nn.Module, seed: int, part: str, passes: int = 1) -> list[float]:
+    """Share of images whose class, whose style, and of which both are told, by the mean logits of some passes."""
+    x, labels = material(seed)[part]
+    out = sum((model(x) for _ in range(passes)), torch.zeros(()))
+    right = torch.stack([z.argmax(1) for z in logits(out)], 1) == labels
+    return [*right.double().mean(0).tolist(), float(right.all(1).double().mean())]
+
+
+def merged(model: Any, how: str, w: float, g: Generator) -> Any:
+    names, weights = ["class", "style"], [w, w]
+    if how == "plain sum":
+        return plain_sum(model, names, weights)
+    if how.startswith("independent dropout"):
+        return independent_dropout(model, names, weights, g)
+    if how.startswith("orthogonal dropout"):
+        return orthogonal_dropout_merge(model, names, weights, drop=DROP, generator=g)
+    model.base_model.set_adapter(how)
+    return nullcontext()
+
+
+@cache
+def composed(n_seeds: int) -> dict[str, list[list[float]]]:
+    """(class, style, both) on test images for each way to merge and each seed, the weight tuned on others."""
+    ways = ("plain sum", *DROPPED, *(f"{way}, mean" for way in DROPPED), "orthogonal, masks fixed", "class", "style")
+    found: dict[str, list[list[float]]] = {way: [] for way in ways}
+    models = trained(tuple(range(n_seeds * NETS)))
+    for seed in range(n_seeds):
+        total = {way: torch.zeros(3) for way in ways}
+        for number in range(NETS * seed, NETS * (seed + 1)):
+            model = models[number]
+            for way in ways:
+                grid = (1.0,) if way in ("class", "style") else WEIGHTS
+                scores = []
+                for i, w in enumerate(grid):
+                    name = way
+                    if way == "orthogonal, masks fixed":
+                        name = f"fixed {i}"
+                        g = torch.Generator().manual_seed(number)
+                        bake_orthogonal_merge(model, ["class", "style"], name, [w, w], drop=DROP, generator=g)
+                    with merged(model, name, w, torch.Generator().manual_seed(number)):
+                        n = PASSES if way.endswith("mean") else 1
+                        scores.append((told(model, number, "tune", n)[2], told(model, number, "test", n)))
+                total[way] += torch.tensor(max(scores, key=lambda s: s[0])[1]) / NETS
+        for way in ways:
+            found[way].append(total[way].tolist())
+    return found
+
+
+@claim(
+    "Orthogonality brings no better composition than plain addition or dropout with independent masks",
+    source="abstract (there SDXL, objects and styles)",
+    criterion="adapters of rank 8 for class and style of 8x8 digits turned by a quarter, on a net of 4 layers that tells both "
+    "upright; weight tuned on 300 images for each way to merge, 5 seeds of 4 nets: for the share of test images of which class and "
+    "style are both told, by one pass or by the mean logits of 16, the 95% interval of orthogonal dropout (rate 0.5) minus the plain "
+    "sum ends below +0.02, as does that minus independent dropout",
+    budget="full",
+)
+def no_better_composition(lab: Lab) -> Finding:
+    found = composed(lab.n_seeds)
+    both = {way: [s[2] for s in scores] for way, scores in found.items()}
+    gaps = {
+        f"{mine} minus {other}": lab.effect(both[mine], both[other])
+        for mine, others in (
+            ("orthogonal dropout", ("plain sum", "independent dropout")),
+            ("orthogonal dropout, mean", ("plain sum", "independent dropout, mean")),
+        )
+        for other in others
+    }
+    return judge(
+        all(gap.high < MARGIN for gap in gaps.values()),
+        gaps=gaps,
+        both_told=both,
+        class_and_style_told={
+            way: [sum(s[i] for s in scores) / len(scores) for i in (0, 1)] for way, scores in found.items()
+        },
+    )
