@@ -433,3 +433,89 @@ def test_the_layer_shows_its_sizes(name, kind):
     model, config, _ = make(name, kind)
     layers = [m for m in peft.get_peft_model(model, config).modules() if isinstance(m, AdapterLayer)]
     assert all(m.in_features > 0 and m.out_features > 0 for m in layers)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_encoder_with_a_new_head(name, tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    bert = BertForSequenceClassification(BertConfig(vocab_size=40, num_labels=3, **sizes)).eval()
+    ids, base = torch.randint(40, (2, 6)), copy.deepcopy(bert)
+    before = bert(ids).logits
+    config = CONFIGS[name](task_type="SEQ_CLS", target_modules=["query", "value"], **SETTINGS.get(name, {}))
+    adapted = peft.get_peft_model(bert, config)
+    with fixed(adapted, name):
+        close(adapted(input_ids=ids).logits, before)
+        wanted = shake(adapted, 0.05)(input_ids=ids).logits
+        adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base, tmp_path)
+    with fixed(again, name):
+        close(again(input_ids=ids).logits, wanted, 1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_vision_model_with_all_its_linear_layers(name):
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    vit = ViTModel(ViTConfig(image_size=8, patch_size=4, **sizes)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    before = vit(x).last_hidden_state
+    adapted = peft.get_peft_model(vit, CONFIGS[name](target_modules="all-linear", **SETTINGS.get(name, {})))
+    with fixed(adapted, name):
+        close(adapted(x).last_hidden_state, before)
+        wanted = shake(adapted, 0.05)(x).last_hidden_state
+        close(adapted.merge_and_unload()(x).last_hidden_state, wanted)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_denoiser_of_diffusers(name):
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 16), layers_per_block=1, cross_attention_dim=16, attention_head_dim=8,
+        norm_num_groups=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 16)
+    before = unet(x, 300, text).sample
+    config = CONFIGS[name](target_modules=["to_q", "to_k", "to_v", "to_out.0"], **SETTINGS.get(name, {}))
+    unet.add_adapter(config, "one")
+    close(unet(x, 300, text).sample, before)
+    after = shake(unet, 0.05)(x, 300, text).sample
+    unet.add_adapter(copy.deepcopy(config), "two")
+    close(unet(x, 300, text).sample, before)
+    unet.set_adapter("one")
+    close(unet(x, 300, text).sample, after, 1e-6)
+    unet.disable_adapters()
+    assert torch.equal(unet(x, 300, text).sample, before)
+    unet.enable_adapters()
+    unet.delete_adapters("two")
+    close(unet(x, 300, text).sample, after, 1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_trainer(name, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    config = CONFIGS[name](task_type="CAUSAL_LM", target_modules=["c_attn"], **SETTINGS.get(name, {}))
+    adapted = peft.get_peft_model(gpt, config)
+    rows = [{"input_ids": r, "labels": r} for r in torch.randint(50, (8, 6))]
+    options = TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], use_cpu=True,
+        gradient_checkpointing=True, save_steps=3, disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    before = {n: p.detach().clone() for n, p in adapted.named_parameters()}
+    with fixed(adapted, name):
+        found = Trainer(adapted, options, train_dataset=rows).train()
+    assert found.global_step == 3
+    moved = {n for n, p in adapted.named_parameters() if not torch.equal(p, before[n])}
+    assert moved
+    assert all(config.tuner().prefix in n for n in moved)
+    assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").exists()

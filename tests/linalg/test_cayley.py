@@ -47,7 +47,9 @@ def test_distance_from_a_rotation(k):
     sign = -1 if k % 4 == 1 else 1
     expected = (1 + sign * size ** (k - 1)) if k % 2 else (1 + size ** (2 * k - 2)).sqrt()
     assert torch.allclose(torch.linalg.svdvals(cayley(q, k)), expected.sort(descending=True)[0])
-    assert torch.allclose(cayley(q, k), cayley(q) @ (torch.eye(6, dtype=torch.float64) - torch.linalg.matrix_power(q, k - 1)))
+    assert torch.allclose(
+        cayley(q, k), cayley(q) @ (torch.eye(6, dtype=torch.float64) - torch.linalg.matrix_power(q, k - 1))
+    )
 
 
 def test_five_terms_are_singular_where_six_are_not():

@@ -122,7 +122,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         layer = self.get_base_layer()
-        self.in_features, self.out_features = _get_in_out_features(layer)
+        sizes: Any = _get_in_out_features(layer)
+        self.in_features, self.out_features = sizes
         self.quantization_backend = resolve_quantization_backend(
             layer, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )

@@ -24,13 +24,14 @@ class OftConfig(AdapterConfig):
 
     PEFT's `OFTConfig` is the same method for linear layers. It differs in this: its convolutions with kernels above
     1 x 1 are not the identity at the start; its exact and its Neumann transform are inverses of each other (the exact one
-    turns by -Q); its default of 5 terms is far less orthogonal than 4 or 6 (`pondera.linalg.cayley.cayley`), at the price
-    of 6; a block size that does not divide the layer is changed with a warning.
+    turns by -Q); its default, 5 terms of the series, is less orthogonal than 4 or 6 (`pondera.linalg.cayley.cayley`), at
+    the price of 6; a block size that does not divide the layer is changed with a warning.
 
     Args:
         block_size: b; must divide the layer's number of inputs, for a convolution its channels (PEFT's default 32).
-        terms: powers of Q kept of the inverse's Neumann series (Cayley-Neumann), at least 2; 0 solves exactly. Default 6:
-            the singular values of R lie within q^10 / 2 of 1 for blocks of spectral norm q.
+        terms: 0 inverts exactly, the default here; the paper's Cayley-Neumann keeps this many powers of Q, at least 2, of
+            the inverse's Neumann series (PEFT's default 5, take 6). The series diverges once a block's spectral norm
+            passes 1, which training at a good rate does; R is then no rotation. On a CPU it saves no time.
     Raises: BadInput: for a block size that does not divide the layer's inputs, or terms of 1 or below 0.
     Paper: Qiu et al. 2025, arXiv 2506.19847 (abstract) and PEFT, where the authors' method lives.
 
@@ -44,7 +45,7 @@ class OftConfig(AdapterConfig):
     """
 
     block_size: int = field(default=32, metadata={"help": "features turned together"})
-    terms: int = field(default=6, metadata={"help": "powers in the Cayley-Neumann series; 0 solves exactly"})
+    terms: int = field(default=0, metadata={"help": "powers in the Cayley-Neumann series; 0 inverts exactly"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +70,8 @@ class BlockRotation(InputRotation):
         self.q = nn.Parameter(torch.zeros(n // self.b, self.b * (self.b - 1) // 2, dtype=weight.dtype))
 
     def blocks(self) -> Float[Tensor, "k b b"]:
-        return cayley(skew(self.q, self.b), self.terms)
+        q = self.q.to(torch.promote_types(self.q.dtype, torch.float32))  # no solver works in half precision
+        return cayley(skew(q, self.b), self.terms)
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return self._rows(x, self.blocks())

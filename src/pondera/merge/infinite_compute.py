@@ -155,7 +155,7 @@ def fit_power_law(x: Sequence[float] | Tensor, loss: Sequence[float] | Tensor) -
         logarithm = float(((ys - np.polyval(slope, np.log(u))) ** 2).sum()) if slope[0] < 0 else rss
         low = -math.inf if logarithm <= limit else _crossing(over, E, -spread)
         high = _crossing(over, E, spread)
-    problems = _problems(xs, ys, A, low, n)
+    problems = _problems(xs, ys, A, alpha, low)
     deviation = math.sqrt(max(rss, 0.0) / n)
     points = torch.from_numpy(xs), torch.from_numpy(ys)
     return PowerLaw(E, A * scale**alpha, alpha, low, high, *points, deviation, problems)
@@ -188,10 +188,10 @@ def _crossing(over: Callable[[float], float], E: float, step: float) -> float:
     return math.copysign(math.inf, step)
 
 
-def _problems(xs: "np.ndarray", ys: "np.ndarray", A: float, low: float, n: int) -> tuple[str, ...]:
+def _problems(xs: "np.ndarray", ys: "np.ndarray", A: float, alpha: float, low: float) -> tuple[str, ...]:
     import numpy as np
 
-    found = []
+    found, n = [], len(xs)
     sizes = np.unique(xs)
     if n == 3:
         found.append("three points fix three unknowns, so nothing tells how far off the law is")
@@ -203,6 +203,8 @@ def _problems(xs: "np.ndarray", ys: "np.ndarray", A: float, low: float, n: int) 
             found.append(f"the loss does not fall from x = {sizes[i]:g} to {sizes[i + 1]:g}, where the law must")
     if A == 0:
         found.append("no falling law fits better than a constant, so the exponent means nothing")
+    elif alpha < 1.01 * EXPONENTS[0]:
+        found.append("a logarithm, which never levels off, fits best, so there is no asymptote")
     elif n > 3 and low == -math.inf:
         found.append("a logarithm, which never levels off, fits as well within the error")
     return tuple(found)

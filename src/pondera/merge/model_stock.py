@@ -149,9 +149,9 @@ def _stock(filter_wise: bool) -> Rule:
             for W in blocks(parts):
                 gram += _gram(W, len(W[0])).cpu()
             cos = _mean_cos(gram)
-            t = float(ratio(cos, n))
+            far = float(ratio(cos, n))
             for W in blocks(parts):
-                yield W[0] + t * (sum(W[2:], W[1]) / n - W[0])
+                yield W[0] + far * (sum(W[2:], W[1]) / n - W[0])
         facts |= {"t": float(ratio(cos, n).mean()), "cos": float(cos.mean()), "clamped": float((cos < 0).sum())}
 
     return rule

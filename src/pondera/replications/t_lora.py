@@ -107,9 +107,10 @@ def _run(task: tuple[str, float, str, int, tuple[int, ...]]) -> Run:
         for (background, position), images in zip(PLACES, _draw(pipe, seed).split(EACH)):
             for k, v in glyphs.judges().agrees(images, glyph=concept, background=background).items():
                 right[k] += v.tolist()
-            right["position"] += [height(said) == height(position) for said in glyphs.judges().name(images, "position")]
-        for k, v in right.items():
-            shares[k].append(sum(v) / len(v))
+            said = glyphs.judges().name(images, "position")
+            right["position"] += [height(one) == height(position) for one in said]
+        for k, hits in right.items():
+            shares[k].append(sum(hits) / len(hits))
 
     pipe = train(ARMS[name], rate, concept, seed, marks=marks, look=look)
     plain = _sample(pipe, ["a sks glyph"] * 8, seed)
