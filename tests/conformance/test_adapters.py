@@ -519,3 +519,13 @@ def test_transformers_trainer(name, tmp_path):
     assert moved
     assert all(config.tuner().prefix in n for n in moved)
     assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers_are_chosen_by_the_architecture_when_none_are_named(name):
+    torch.manual_seed(0)
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    adapted = peft.get_peft_model(gpt, CONFIGS[name](**SETTINGS.get(name, {})))
+    assert [n for n, m in adapted.named_modules() if isinstance(m, AdapterLayer)] == [
+        "base_model.model.transformer.h.0.attn.c_attn"
+    ]

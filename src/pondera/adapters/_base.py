@@ -19,7 +19,12 @@ import torch
 from jaxtyping import Float
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import get_quantization_kwargs, quantization_extra_repr, resolve_quantization_backend
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    quantization_extra_repr,
+    resolve_quantization_backend,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -292,6 +297,7 @@ class AdapterModel(BaseTuner):
 
     prefix: str
     tuner_layer_cls: type[AdapterLayer]
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     paper_name: ClassVar[str]
 
     def _create_and_replace(
