@@ -1,10 +1,10 @@
 """Fine-tune a small pre-trained GPT from Python to C++; the score is minus the test loss.
 
 The net (0.8 million weights, characters) was pre-trained on the standard library's Python source by
-`scripts/train_small_gpt.py`; its weights, gpt.safetensors, lie beside this file. It is adapted to the headers of PyTorch's
-C++ front end and scored on those of its core, c10, both of which ship in torch/include: another language, in the same
-symbols. No window overlaps another, and test windows that training holds word for word (the notices at the head and foot
-of files) are left out. Figures differ a little between versions of PyTorch.
+`scripts/train_small_gpt.py`; its weights, gpt.safetensors, lie beside this file. It is adapted to C++, another language in
+the same symbols: trained on the headers of PyTorch's c10/util and scored on those of c10/core, both of which ship in
+torch/include. No window overlaps another, and test windows that training holds word for word (the notices at the head and
+foot of files) are left out. Figures differ a little between versions of PyTorch.
 
 Everything `build()` returns can be trained. An adapter freezes that net and is put on the layers `adapt` names; nothing
 else need be trained, since the symbols are the same.
@@ -28,7 +28,7 @@ adapt = {"target_modules": ["query", "key", "value", "out", "up", "down"], "modu
 SYMBOLS = "\n" + "".join(map(chr, range(32, 127)))
 CONTEXT, WIDTH, HEADS, BLOCKS = 128, 128, 4, 4
 WEIGHTS = "ee924a52fcff7722"  # checksum of gpt.safetensors: other weights are another task
-TRAIN, TEST = "torch/csrc/api", "c10/core"  # folders of torch/include
+TRAIN, TEST = "c10/util", "c10/core"  # folders of torch/include
 SCORED = 128  # windows
 
 
