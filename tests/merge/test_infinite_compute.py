@@ -100,7 +100,12 @@ def test_what_is_doubtful_is_said():
     assert "no falling law fits better than a constant, so the exponent means nothing" in upward.problems
     endless = fit_power_law(x, [5.0, 4.0, 3.0, 2.0, 1.0])  # falls by 1 a doubling for ever
     assert endless.low == -math.inf
-    assert "a logarithm, which never levels off, fits as well within the error" in endless.problems
+    assert "a logarithm, which never levels off, fits best, so there is no asymptote" in endless.problems
+    nearly = fit_power_law(x, [5.0, 3.85, 3.1, 2.05, 1.4])
+    assert nearly.low == -math.inf
+    assert "a logarithm, which never levels off, fits as well within the error" in nearly.problems
+    bent = fit_power_law([1, 2, 4], [3.0, 2.0, 0.0])  # falls ever faster
+    assert "a logarithm, which never levels off, fits best, so there is no asymptote" in bent.problems
     assert "Doubtful: the loss does not fall" in rising.summary()
     three = fit_power_law([1, 1, 2, 2, 4, 4], [5.1, 4.9, 3.1, 2.9, 2.1, 1.9])
     assert three.problems == (

@@ -129,7 +129,7 @@ def many_shortcuts_help_ensembles(lab: Lab) -> Finding:
     "What an ensemble gains is lost when one of its models is too sure",
     source="section on BANG: analysis of two models of which one is scaled up (recalled)",
     criterion="the two nets with 32 patches as before: accuracy out of distribution of the averaged logits minus that with the "
-    "second net's logits multiplied by 5 has its 95% interval above 0",
+    "second net's logits multiplied by 5 has its 95% interval above 0 (added when the other claims had run, before its own run)",
 )
 def too_sure_spoils_ensembles(lab: Lab) -> Finding:
     found: dict[str, list[float]] = {}

