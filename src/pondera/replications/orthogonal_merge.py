@@ -411,4 +411,8 @@ def no_better_composition(lab: Lab) -> Finding:
         class_and_style_told={
             way: [sum(s[i] for s in scores) / len(scores) for i in (0, 1)] for way, scores in found.items()
         },
+        note="no gain is shown: one pass is below the plain sum, the mean of 16 level with it. The criterion fails on the other "
+        "baseline: over independent masks orthogonal ones gain about a point, and the intervals (which include 0) do not rule out "
+        "two. They add less noise where adapters agree: a unit is off its mean by o1 - o2, with independent masks by o1 and o2 added "
+        "with random signs",
     )
