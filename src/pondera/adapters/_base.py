@@ -297,7 +297,7 @@ class AdapterModel(BaseTuner):
 
     prefix: str
     tuner_layer_cls: type[AdapterLayer]
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     paper_name: ClassVar[str]
 
     def _create_and_replace(

@@ -107,54 +107,70 @@ def distance_stays_large(lab: Lab) -> Finding:
 
 
 @claim(
-    "The barrier falls to near zero on MLPs, and leading singular vectors are aligned more than the rest",
+    "The barrier falls to near zero on MLPs",
     source="abstract",
-    criterion="1500 steps: in each of 5 pairs the barrier after the match is below 0.1 of that before, and after the match "
-    "R_0.3 > 2.5 R_0",
+    criterion="1500 steps: in each of 5 pairs the barrier after the match is below 0.1 of that before",
     budget="full",
 )
 def barrier_falls(lab: Lab) -> Finding:
-    before, after, test, low, all_, low_before, curves = [], [], [], [], [], [], []  # type: ignore[var-annotated]
-    for a, b in pairs(lab):
-        first, second, found = trained(a, LONG), trained(b, LONG), matched(a, b, LONG)
-        curves.append((between(first, second), between(first, found.state)))
-        before.append(curves[-1][0].value)
-        after.append(curves[-1][1].value)
-        test.append(between(first, found.state, test=True).value)
-        low_before.append(singular_alignment(first, second).scores[0.3])
-        scores = singular_alignment(first, found.state).scores
-        low.append(scores[0.3])
-        all_.append(scores[0.0])
-    draw(lab, curves, low_before, low, all_)
+    found = [(trained(a, LONG), trained(b, LONG), matched(a, b, LONG)) for a, b in pairs(lab)]
+    before = [between(first, second) for first, second, _ in found]
+    after = [between(first, m.state) for first, _, m in found]
+    draw(lab, before, after)
     return judge(
-        all(y < 0.1 * x for x, y in zip(before, after)) and all(x > 2.5 * y for x, y in zip(low, all_)),
-        barrier_before=before,
-        barrier_after=after,
-        barrier_after_test=test,
-        R_03_before=low_before,
-        R_03_after=low,
-        R_0_after=all_,
-        distance_ratio=[matched(a, b, LONG).distance[1] / matched(a, b, LONG).distance[0] for a, b in pairs(lab)],
+        all(y.value < 0.1 * x.value for x, y in zip(before, after)),
+        barrier_before=[b.value for b in before],
+        barrier_after=[b.value for b in after],
+        barrier_after_test=[between(first, m.state, test=True).value for first, _, m in found],
+        distance_ratio=[m.distance[1] / m.distance[0] for *_, m in found],
     )
 
 
-def draw(
-    lab: Lab, curves: list[tuple[Barrier, Barrier]], before: list[float], low: list[float], all_: list[float]
-) -> None:
+@claim(
+    "Leading singular vectors are aligned more than the rest",
+    source="abstract; the score recalled",
+    criterion="the same pairs: in each of 5 after the match R_0.3 > 2.5 R_0",
+    budget="full",
+)
+def leading_vectors_align(lab: Lab) -> Finding:
+    before = [singular_alignment(trained(a, LONG), trained(b, LONG)).scores for a, b in pairs(lab)]
+    after = [singular_alignment(trained(a, LONG), matched(a, b, LONG).state).scores for a, b in pairs(lab)]
+    ratio = [s[0.3] / s[0.0] for s in after]
+    return judge(
+        min(ratio) > 2.5,
+        R_03_before=[s[0.3] for s in before],
+        R_03_after=[s[0.3] for s in after],
+        R_0_after=[s[0.0] for s in after],
+        ratio=ratio,
+        note="the direction is as claimed, in every pair, and falls a little short of the factor. How far a few values "
+        "stand out decides it, and that depends on the scale of the inputs: on one pair the factor was 1.4 with pixels of "
+        "0 to 16, 2.4 with these standardised ones, 3.7 with 0 to 1 (values that pass 0.3: 240, 117, 72 of 586). In the "
+        "first run this claim and the barrier's were one; neither criterion has changed",
+    )
+
+
+def draw(lab: Lab, before: list[Barrier], after: list[Barrier]) -> None:
     """The loss on the way, and the alignment of singular vectors."""
     from matplotlib import pyplot as plt
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 3), layout="constrained", width_ratios=(3, 2))
-    for i, (plain, fitted) in enumerate(curves):
-        left.plot(plain.lambdas, plain.losses, color="#bbbbbb", lw=1, label=None if i else "as trained")
-        left.plot(fitted.lambdas, fitted.losses, color="#4477aa", lw=1, label=None if i else "matched")
+    for curves, colour, name in ((before, "#bbbbbb", "as trained"), (after, "#4477aa", "matched")):
+        for i, curve in enumerate(curves):
+            left.plot(curve.lambdas, curve.losses, color=colour, lw=1, label=None if i else name)
     left.set(xlabel="share of the second network", ylabel="training loss", title="Between two networks, 5 pairs")
     left.legend(frameon=False)
-    for i, (values, colour) in enumerate(((before, "#bbbbbb"), (all_, "#88bbdd"), (low, "#4477aa"))):
-        right.scatter([i] * len(values), values, color=colour, s=16)
+    for a, b in pairs(lab):
+        plain = singular_alignment(trained(a, LONG), trained(b, LONG)).scores
+        fitted = singular_alignment(trained(a, LONG), matched(a, b, LONG).state).scores
+        for i, scores in enumerate((plain, fitted)):
+            right.scatter([i - 0.12], [scores[0.0]], color="#bbbbbb", s=16, label=None if a or i else "all")
+            right.scatter(
+                [i + 0.12], [scores[0.3]], color="#4477aa", s=16, label=None if a or i else "from 0.3 of the largest"
+            )
     right.axhline(0, color="0.8", lw=0.8)
-    right.set_xticks(range(3), ["γ = 0.3,\nas trained", "γ = 0,\nmatched", "γ = 0.3,\nmatched"], fontsize=8)
-    right.set(xlim=(-0.5, 2.5), ylabel="alignment R", title="Singular vectors")
+    right.set_xticks(range(2), ["as trained", "matched"])
+    right.set(xlim=(-0.5, 1.5), ylabel="alignment R", title="Singular vectors, by value")
+    right.legend(frameon=False, fontsize=8)
     lab.figure("barrier", fig)
     plt.close(fig)
 
@@ -201,4 +217,15 @@ def three_networks(lab: Lab) -> Finding:
             found[name]["to the anchor"].append(sum(ends) / 2)
             found[name]["between the two"].append(between(first, second).value)
     difference = lab.effect(found["weights"]["between the two"], found["straight through"]["between the two"])
-    return judge(difference.below, difference=difference, rate=rate, tuned=tuned, **found)
+    return judge(
+        difference.below,
+        difference=difference,
+        rate=rate,
+        tuned=tuned,
+        note="the estimator is ahead in all triples. It starts at the match by weights, for x starts at a, and its descent then "
+        "lowers the barrier to the anchor; with the rate tuned, that carries over to the two that never met (on two triples "
+        "also on the test set). At the authors' rate of 0.01 it stays about where the match is. Its alignment of singular "
+        "vectors is that of the match, to 0.01, so the reason the paper gives for its falling behind is absent here; "
+        "matching one of the two straight to the other leaves a barrier below 0.01",
+        **found,
+    )
