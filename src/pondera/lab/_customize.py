@@ -113,11 +113,13 @@ def customize(
             another or a finished customization, settings that make no sense. Nothing is written then.
     Paper: Soboleva et al. 2025, arXiv 2507.05964.
 
+    >>> from tempfile import mkdtemp
     >>> from PIL import Image
-    >>> customize("no/such/folder", Image.new("RGB", (8, 8)), "sks dog", "out")
-    Traceback (most recent call last):
-    ...
-    pondera.errors.BadInput: base no/such/folder is not a pipeline: there is no such folder
+    >>> from pondera.lab.glyphs import base
+    >>> picture = Image.new("RGB", (16, 16), "orange")
+    >>> done = customize(base(), picture, "sks glyph", mkdtemp() + "/out", template="a {}", r=4, steps=2)
+    >>> done.steps, done.folder.joinpath("adapter_model.safetensors").exists()
+    (2, True)
     """
     from pondera.lab._denoisers import images_of, repeat, trainable
 
