@@ -7,7 +7,7 @@ import typer
 
 from pondera.errors import BadInput
 
-DEMO_NAME, DEMO_STEPS, DEMO_RANK, DEMO_RATE = "sks glyph", 300, 32, 1e-3
+DEMO_NAME, DEMO_STEPS, DEMO_RANK, DEMO_RATE = "sks glyph", 200, 32, 1e-3
 
 
 def customize(
@@ -85,7 +85,8 @@ def _demo(out: Path, image: list[Path] | None, base: Path | None, seed: int, qui
     )
     done = run(
         pipe, shown, DEMO_NAME, out, template="a {}", steps=DEMO_STEPS, r=DEMO_RANK, rate=DEMO_RATE, batch=4, seed=seed,
-        prompts=[glyphs.prompt("{}", background=b, position=p) for b, p in places], guidance=3.0, progress=not quiet,
+        prompts=[glyphs.prompt("{}", background=b, position=p) for b, p in places], guidance=2.0, sampling_steps=12,
+        progress=not quiet,
     )  # fmt: skip
     print(done.summary())
     shown.resize((128, 128), Image.Resampling.NEAREST).save(out / "taught.png")
