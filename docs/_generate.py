@@ -178,7 +178,7 @@ def league(folder: Path, what: str) -> str:
     """The recorded comparisons ``WHAT-TASK.json`` as tables: all tasks at a glance, then each with its command."""
     found = {p.stem.removeprefix(f"{what}-"): json.loads(p.read_text()) for p in sorted(folder.glob(f"{what}-*.json"))}
     if not found:
-        return "No comparison is recorded.\n"
+        return "No comparison is recorded yet: `make league` records them, a task at a time (`make league TASK=gpt`).\n"
     names: dict[str, dict[str, str]] = {}
     for task, kept in found.items():
         for r in kept["rows"][1:]:
