@@ -7,8 +7,8 @@ from tempfile import TemporaryDirectory
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
+from pondera._safetensors import FileModel
 from pondera.errors import BadInput
-from pondera.merge._files import FileModel
 from pondera.merge._permutation import PermutationSpec
 from pondera.merge._stream import MergeReport
 from pondera.merge.bang import wise_ft_files

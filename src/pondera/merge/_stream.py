@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Num
 from torch import Tensor, nn
 
-from pondera.errors import BadInput, nearest, require_float
-from pondera.merge._files import (
+from pondera._safetensors import (
     INDEX,
     FileModel,
     appearing_file,
@@ -29,6 +28,7 @@ from pondera.merge._files import (
     shards,
     write,
 )
+from pondera.errors import BadInput, nearest, require_float
 
 BUDGET = 2**22  # bytes of numbers held at once, all models together
 State = nn.Module | Mapping[str, Tensor]
