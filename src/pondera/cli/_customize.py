@@ -47,10 +47,8 @@ def customize(
     Leaves an adapter that `pondera.lab.load_customized` puts back on the pipeline, LoRA weights that every diffusers
     pipeline loads, and a grid of samples. Stopped at any moment, the same command goes on from its last checkpoint.
     """
-    try:
-        from pondera.lab import customize as run
-    except ImportError as error:
-        raise BadInput(f"customize needs the extra: pip install 'pondera[diffusion]' ({error})") from None
+    from pondera.lab import customize as run
+
     if demo:
         _demo(out, image, base, seed, quiet)
         return
@@ -66,10 +64,12 @@ def customize(
 
 
 def _demo(out: Path, image: list[Path] | None, base: Path | None, seed: int, quiet: bool) -> None:
+    import torch
     from PIL import Image
 
     from pondera.lab import customize as run
     from pondera.lab import glyphs
+    from pondera.lab._denoisers import square
 
     if image or base:
         raise BadInput("--demo brings its own image and base; leave --image and --base out")
@@ -92,18 +92,8 @@ def _demo(out: Path, image: list[Path] | None, base: Path | None, seed: int, qui
     shown.resize((128, 128), Image.Resampling.NEAREST).save(out / "taught.png")
     judge = glyphs.judges()
     for (background, position), (prompt, paths) in zip(places, done.samples.items()):
-        images = _pixels(paths)
+        images = torch.stack([(square(Image.open(p), picture.shape[-1]) + 1) / 2 for p in paths])
         right = judge.agrees(images, glyph=concept, background=background, position=position)
         said = ", ".join(f"{k} right in {int(v.sum())} of {len(v)}" for k, v in right.items())
         print(f"  {prompt}: {said}")
     print(f"Look at {out / 'grid.png'} (a row a prompt) beside {out / 'taught.png'}.")
-
-
-def _pixels(paths: list[Path]):  # type: ignore[no-untyped-def]
-    import numpy
-    import torch
-    from PIL import Image
-
-    return torch.stack(
-        [torch.from_numpy(numpy.asarray(Image.open(p).convert("RGB")).copy()).permute(2, 0, 1) / 255 for p in paths]
-    )

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from pondera._safetensors import appearing_file
 from pondera.errors import BadInput
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ADAPTER = "custom"
+WHO, ADAPTER = "customize", "custom"
 _LATEST = "unfinished"  # folder of the checkpoint a stopped run goes on from
 _KEYS = "base_model.model."  # PEFT's prefix of saved tensors
 
@@ -176,7 +177,7 @@ def customize(
     with _bar(progress, steps, begun) as advance:
         for step in range(begun, steps):
             rows = torch.randint(len(mean), (batch,), generator=draw)
-            t = made.draw_times(batch, span, draw).to(where)
+            t = torch.randint(*span, (batch,), generator=draw).to(where)
             noise, wobble = (
                 torch.randn(batch, *mean.shape[1:], generator=draw).to(where, mean.dtype) for _ in range(2)
             )
@@ -196,7 +197,7 @@ def customize(
             losses[step - begun] = value
             advance(value)
             if (step + 1) % save_every == 0 and step + 1 < steps:
-                _checkpoint(folder, asked, denoiser, optimizer, draw, step + 1)
+                _checkpoint(folder, denoiser, optimizer, draw, step + 1)
     seconds = time.perf_counter() - started
     denoiser.train(denoiser_mode)
     if gradient_checkpointing:
@@ -243,8 +244,10 @@ def load_customized(pipe: Any, folder: str | Path, *, adapter_name: str = ADAPTE
 
 def load_base(base: Any, dtype: torch.dtype = torch.float32) -> Any:
     """A diffusers pipeline from a folder (or the pipeline itself); BadInput in one sentence if it is none."""
-    from diffusers import DiffusionPipeline
-
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError as error:
+        raise BadInput(f"customize needs the extra: pip install 'pondera[diffusion]' ({error})") from None
     if isinstance(base, DiffusionPipeline):
         return base
     if not isinstance(base, str | Path):
@@ -371,7 +374,7 @@ def _begin(folder: Path, asked: dict[str, Any]) -> None:
     """Make the folder, and note in it what was asked, so that a run stopped at any moment can be called again."""
     (folder / _LATEST).mkdir(parents=True, exist_ok=True)
     if not (folder / _LATEST / "asked.json").exists():
-        _atomically(folder / _LATEST / "asked.json", lambda p: p.write_text(json.dumps(asked)))
+        _put(folder / _LATEST / "asked.json", json.dumps(asked).encode())
 
 
 def _state(denoiser: Any) -> dict[str, Tensor]:
@@ -381,37 +384,24 @@ def _state(denoiser: Any) -> dict[str, Tensor]:
     return {k: v.detach().to("cpu").contiguous() for k, v in found.items()}
 
 
-def _checkpoint(folder: Path, asked: dict[str, Any], denoiser: Any, optimizer: Any, draw: Generator, step: int) -> None:
-    """Everything a stopped run needs, in a folder that appears whole by one rename."""
-    fresh, old = folder / f".{_LATEST}-new", folder / f".{_LATEST}-old"
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir()
-    (fresh / "asked.json").write_text(json.dumps(asked))
-    torch.save(
-        {"step": step, "adapter": _state(denoiser), "optimizer": optimizer.state_dict(), "draw": draw.get_state()},
-        fresh / "state.pt",
-    )
-    latest = folder / _LATEST
-    if latest.exists():
-        latest.rename(old)
-    fresh.rename(latest)
-    shutil.rmtree(old, ignore_errors=True)
+def _checkpoint(folder: Path, denoiser: Any, optimizer: Any, draw: Generator, step: int) -> None:
+    """Everything a stopped run needs, in a file that is replaced whole."""
+    state = {"step": step, "adapter": _state(denoiser), "optimizer": optimizer.state_dict(), "draw": draw.get_state()}
+    with appearing_file(folder / _LATEST / "state.pt", WHO) as file:
+        torch.save(state, file)
 
 
 def _go_on(folder: Path, denoiser: Any, optimizer: Any, draw: Generator) -> int:
     """Load the checkpoint of a stopped run, if there is one; the step to go on from."""
     from peft.utils import set_peft_model_state_dict
 
-    latest, old = folder / _LATEST, folder / f".{_LATEST}-old"
-    if not latest.exists() and (old / "state.pt").exists():  # killed between the two renames
-        old.rename(latest)
-    if not (latest / "state.pt").exists():
+    path = folder / _LATEST / "state.pt"
+    if not path.exists():
         return 0
     try:
-        state = torch.load(latest / "state.pt", weights_only=True)
+        state = torch.load(path, weights_only=True)
     except Exception as e:
-        raise BadInput(f"the checkpoint in {latest} cannot be read ({e}); remove it to begin again") from e
+        raise BadInput(f"the checkpoint {path} cannot be read ({e}); remove it to begin again") from e
     set_peft_model_state_dict(denoiser, state["adapter"], adapter_name=ADAPTER)
     optimizer.load_state_dict(state["optimizer"])
     draw.set_state(state["draw"])
@@ -420,7 +410,7 @@ def _go_on(folder: Path, denoiser: Any, optimizer: Any, draw: Generator) -> int:
 
 def _save(folder: Path, part: str, denoiser: Any, config: Any, note: dict[str, Any]) -> None:
     """The adapter in PEFT's format, as plain LoRA factors where it has them, and last the note that says it is whole."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from pondera.adapters.t_lora import TLoraConfig, plain_lora
 
@@ -428,24 +418,21 @@ def _save(folder: Path, part: str, denoiser: Any, config: Any, note: dict[str, A
     config = copy.copy(config)
     config.inference_mode = True
     config.save_pretrained(folder)
-    _atomically(folder / "adapter_model.safetensors", lambda p: save_file({_KEYS + k: v for k, v in state.items()}, p))
     factors: dict[str, Tensor] = {}
     if isinstance(config, TLoraConfig):
         factors = {k: v.to("cpu") for k, v in plain_lora(denoiser, adapter_name=ADAPTER).items()}
     elif str(getattr(config.peft_type, "value", config.peft_type)) == "LORA" and config.lora_alpha == config.r:
         factors = state
-    if factors:
-        named = {f"{part}.{k}": v.contiguous() for k, v in factors.items()}
-        _atomically(
-            folder / "pytorch_lora_weights.safetensors", lambda p: save_file(named, p, metadata={"format": "pt"})
-        )
-    _atomically(folder / "customization.json", lambda p: p.write_text(json.dumps(note, indent=1) + "\n"))
+    named = {f"{part}.{k}": v.contiguous() for k, v in factors.items()}
+    _put(folder / "adapter_model.safetensors", save({_KEYS + k: v for k, v in state.items()}, {"format": "pt"}))
+    if named:
+        _put(folder / "pytorch_lora_weights.safetensors", save(named, {"format": "pt"}))
+    _put(folder / "customization.json", (json.dumps(note, indent=1) + "\n").encode())
 
 
-def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    beside = path.with_name("." + path.name)
-    write(beside)
-    beside.replace(path)
+def _put(path: Path, content: bytes) -> None:
+    with appearing_file(path, WHO) as file:
+        file.write(content)
 
 
 def _mean(x: Tensor) -> float | None:

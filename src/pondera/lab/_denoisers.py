@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Generator, Tensor, nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pondera.errors import BadInput
@@ -39,10 +39,6 @@ class Trainable:
     @property
     def denoiser(self) -> nn.Module:
         return getattr(self.pipe, self.name)
-
-    def draw_times(self, n: int, span: tuple[int, int], generator: Generator) -> Int[Tensor, " n"]:
-        """Timesteps, uniform over span[0] <= t < span[1]."""
-        return torch.randint(span[0], span[1], (n,), generator=generator)
 
 
 def trainable(pipe: Any, resolution: int | None = None) -> Trainable:

@@ -91,9 +91,9 @@ def train(
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
     image = glyphs.concept_image(concept)[None] * 2 - 1
     condition = repeat(made.prompt("a sks glyph"), batch)
-    draw, span = Generator().manual_seed(seed), arm.get("span", (0, 1000))
+    draw, (low, high) = Generator().manual_seed(seed), arm.get("span", (0, 1000))
     for step in range(1, marks[-1] + 1):
-        t = made.draw_times(batch, span, draw)
+        t = torch.randint(low, high, (batch,), generator=draw)
         noise = torch.randn(batch, *image.shape[1:], generator=draw)
         loss = made.loss(image.expand_as(noise), noise, t, condition)
         optimizer.zero_grad(set_to_none=True)
