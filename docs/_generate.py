@@ -77,6 +77,15 @@ SYMPTOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "I tune on a small model and train a large one",
         ("u-mup", "architecture-scaling", "power-lines", "trajectory-invariance"),
     ),
+    ("Fine-tuning with LoRA learns too slowly", ("pissa", "sorsa", "svft", "eva", "lora-start")),
+    ("An adapter must have very few numbers", ("svft", "psoft", "qgoft", "dota")),
+    ("Fine-tuning should keep what the model knows", ("psoft", "oftv2", "sorsa")),
+    ("An image generator taught one picture copies it", ("t-lora",)),
+    ("A fine-tuned model is worse on data that shifted", ("bang", "model-stock")),
+    ("I have several fine-tuned models and a new task", ("fuse", "model-stock")),
+    ("I want to average networks trained from different seeds", ("weight-matching",)),
+    ("Several LoRAs of one model disturb each other", ("orthogonal-merge",)),
+    ("My corpus is small and compute is not", ("infinite-compute",)),
     ("I want to know whether my net learns features or stays near its start", ("rich-lazy", "layer-rotation", "ntk")),
 )
 

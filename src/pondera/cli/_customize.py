@@ -37,7 +37,7 @@ def customize(
     demo: Annotated[
         bool,
         typer.Option(
-            "--demo", help="A minute or two on a CPU: teach the small base that ships with pondera a new glyph."
+            "--demo", help="Under a minute on one core: teach the small base that ships with pondera a new glyph."
         ),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 merge = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Merge models in safetensors files into one, in little memory whatever their size.",
+    help="Merge models in safetensors files into one; all but match in little memory whatever their size.",
 )
 
 FORMS = ".safetensors, .safetensors.index.json, or a folder with one of them."
