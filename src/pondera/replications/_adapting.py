@@ -16,6 +16,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from pondera.replications import Lab
+
 Data = tuple[Tensor, Tensor]
 BATCH, WIDTH = 64, 256
 RATES = tuple(10 ** (k / 2) for k in range(-8, -1))  # 1e-4 ... 3e-2
@@ -79,7 +81,7 @@ def _pretrained() -> Net:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = Net()
-    _train(net, list(net.parameters()), (x, y), steps=600, rate=1e-3, seed=0)
+    train(net, list(net.parameters()), (x, y), steps=600, rate=1e-3, seed=0)
     return net
 
 
@@ -88,8 +90,9 @@ def pretrained() -> Net:
     return copy.deepcopy(_pretrained())
 
 
-def _train(model: nn.Module, trained: Sequence[Tensor], data: Data, *, steps: int, rate: float, seed: int,
+def train(model: nn.Module, trained: Sequence[Tensor], data: Data, *, steps: int, rate: float, seed: int,
            penalty: Callable[[nn.Module], Tensor] | None = None) -> Tensor:  # fmt: skip
+    """AdamW without decay on `trained`; the loss of every batch, infinite from where it left the finite numbers."""
     x, y = data
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     draw, losses = Generator().manual_seed(seed), torch.full((steps,), math.inf)
@@ -132,7 +135,7 @@ def adapt(
         if prepare is not None:
             prepare(net)
         trained = [p for p in net.parameters() if p.requires_grad]
-        losses = _train(net, trained, digits()[1], steps=steps, rate=rate, seed=seed, penalty=penalty)
+        losses = train(net, trained, digits()[1], steps=steps, rate=rate, seed=seed, penalty=penalty)
     return net, losses
 
 
@@ -193,3 +196,19 @@ def adapted(
             trainable=sum(p.numel() for p in runs[0][0].parameters() if p.requires_grad),
         )
     return found
+
+
+def draw_losses(lab: Lab, found: Mapping[str, Adapted], name: str = "curves", *, span: int = 5) -> None:
+    """Batch loss against the step for every choice, mean over seeds, smoothed over `span` steps."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(6, 3.6), layout="constrained")
+    ax = fig.subplots()
+    colours = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
+    for (choice, one), colour in zip(found.items(), colours):
+        mean = one.curves.mean(0).unfold(0, span, 1).mean(1)
+        told = f"{choice}, {one.trainable:,} trained, rate {one.rate:.1g}"
+        ax.plot(torch.arange(len(mean)) + span // 2 + 1, mean, color=colour, label=told)
+    ax.set(xlabel="step", ylabel=f"loss of a batch (mean of {len(one.loss)} seeds)", yscale="log")
+    ax.legend(frameon=False, fontsize=8)
+    lab.figure(name, fig)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pondera.replications import Finding, Lab, claim, judge
-from pondera.replications._adapting import Adapted, adapt, adapted
+from pondera.replications._adapting import Adapted, adapt, adapted, draw_losses
 
 TARGETS = ["first", "second"]  # 16 does not divide the ten outputs of the last layer
 R = 16
@@ -107,7 +107,7 @@ def lower_loss(lab: Lab) -> Finding:
     early = {
         name: lab.effect(found["bat"].curves.mean(1).tolist(), found[name].curves.mean(1).tolist()) for name in gaps
     }
-    draw(lab)
+    draw_losses(lab, found, "loss", span=10)
     return judge(
         all(gap.below for gap in gaps.values()),
         note="far behind both. Most of the first layer's change sees the image as 16 sums over every 16th pixel, which vary by 6% "
@@ -153,19 +153,3 @@ def through_the_weight(net: Any) -> dict[str, float]:
         tiles = layer.base_layer.weight.unflatten(0, (-1, R)).unflatten(2, (-1, R)).transpose(1, 2)  # a, c, r, r
         found[name] = float((tiles @ B[:, None]).norm() / (B.norm() * tiles.shape[1] ** 0.5))
     return found
-
-
-def draw(lab: Lab) -> None:
-    """Batch loss against the step, mean over seeds, smoothed over 10 steps."""
-    from matplotlib import pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(5.2, 3.4))
-    for (name, one), color in zip(
-        runs(lab.n_seeds).items(), ("#bbbbbb", "#999999", "#ccbb44", "#66ccee", "#4477aa"), strict=True
-    ):
-        mean = one.curves.mean(0).unfold(0, 10, 1).mean(1)
-        ax.plot(range(10, 10 + len(mean)), mean, color=color, lw=1.2, label=f"{name}, rate {one.rate:.0e}")
-    ax.set(yscale="log", xlabel="step", ylabel="batch loss")
-    ax.legend(frameon=False, fontsize=7)
-    lab.figure("loss", fig)
-    plt.close(fig)

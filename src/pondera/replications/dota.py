@@ -13,7 +13,7 @@ from torch import nn
 from pondera.adapters.dota import Dota, DotaConfig, DotaLayer
 from pondera.linalg.tensor_train import train_matrix
 from pondera.replications import Finding, Lab, claim, judge
-from pondera.replications._adapting import LAYERS, Adapted, _train, adapt, adapted, digits, measure, pretrained
+from pondera.replications._adapting import LAYERS, adapt, adapted, digits, draw_losses, measure, pretrained, train
 from pondera.replications.pissa import nf4
 
 BOND, CORES, LORA_RANK = 8, 3, 6  # 10,848 and 10,908 trained numbers
@@ -46,8 +46,7 @@ def runs(seeds: int) -> dict[str, Adapted]:
 def better_than_a_random_train(lab: Lab) -> Finding:
     found = runs(lab.n_seeds)
     gap = lab.effect(found["dota"].test_loss, found["random"].test_loss)
-    if lab.figures is not None:
-        _figure(lab, found)
+    draw_losses(lab, found)
     return judge(
         gap.below,
         dota_minus_random=gap,
@@ -129,7 +128,7 @@ def on_a_near_task(start: str, rate: float, seed: int) -> tuple[float, float]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1000 + seed)
         model = peft.get_peft_model(pretrained(), dota(start))
-    _train(model, [p for p in model.parameters() if p.requires_grad], fit, steps=100, rate=rate, seed=seed)
+    train(model, [p for p in model.parameters() if p.requires_grad], fit, steps=100, rate=rate, seed=seed)
     return measure(model, fit)[0], measure(model, test)[0]
 
 
@@ -155,18 +154,3 @@ def ahead_on_a_near_task(lab: Lab) -> Finding:
         accuracy_before=measure(pretrained(), (1 - 2 * 0.13 - x, y))[1],
         accuracy_before_on_the_far_task=measure(pretrained(), (x, y))[1],
     )
-
-
-def _figure(lab: Lab, found: dict[str, Adapted]) -> None:
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(6, 3.6), layout="constrained")
-    ax = fig.subplots()
-    names = {"dota": "DoTA", "random": "random train", "lora": f"LoRA, rank {LORA_RANK}", "full": "all weights"}
-    for (name, label), colour in zip(names.items(), ("#4477aa", "#ee6677", "#228833", "#bbbbbb")):
-        mean = found[name].curves.mean(0)
-        smooth = mean.unfold(0, 5, 1).mean(1)
-        ax.plot(torch.arange(len(smooth)) + 3, smooth, color=colour, label=f"{label} ({found[name].trainable:,})")
-    ax.set(xlabel="step", ylabel="loss of a batch (mean of 5 seeds)", yscale="log")
-    ax.legend(frameon=False, title="(numbers trained)")
-    lab.figure("curves", fig)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pondera.replications import Finding, Lab, claim, judge
-from pondera.replications._adapting import BATCH, LAYERS, Adapted, adapted, digits, pretrained
+from pondera.replications._adapting import BATCH, LAYERS, adapted, digits, draw_losses, pretrained
 
 RANK, RHO = 8, 2.0
 
@@ -90,8 +90,7 @@ def lower_loss_than_lora(lab: Lab) -> Finding:
     choices = {"eva": lambda: lora("eva"), "eva, rho 1": lambda: lora("eva", 1.0), "lora": lora}
     found = adapted(choices, seeds=lab.seeds, prepare={"eva": start_eva, "eva, rho 1": start_eva})
     gap = lab.effect(found["eva"].loss, found["lora"].loss)
-    if lab.figures is not None:
-        _figure(lab, found)
+    draw_losses(lab, found)
     early = {name: f.curves[:, 20:30].mean(1).tolist() for name, f in found.items()}
     return judge(
         gap.below,
@@ -104,16 +103,3 @@ def lower_loss_than_lora(lab: Lab) -> Finding:
         rates={name: f.rate for name, f in found.items()},
         trained={name: f.trainable for name, f in found.items()},
     )
-
-
-def _figure(lab: Lab, found: dict[str, Adapted]) -> None:
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(6, 3.4), layout="constrained")
-    ax = fig.subplots()
-    for (name, one), colour in zip(found.items(), ("#4477aa", "#66ccee", "#ee6677")):
-        smooth = one.curves.mean(0).unfold(0, 5, 1).mean(1)
-        ax.plot(torch.arange(len(smooth)) + 3, smooth, color=colour, label=f"{name}, rate {one.rate:.1g}")
-    ax.set(xlabel="step", ylabel="loss of a batch (mean of 5 seeds)", yscale="log")
-    ax.legend(frameon=False)
-    lab.figure("curves", fig)

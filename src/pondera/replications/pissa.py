@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pondera.replications import Finding, Lab, claim, judge
-from pondera.replications._adapting import LAYERS, Adapted, adapted, pretrained
+from pondera.replications._adapting import LAYERS, adapted, draw_losses, pretrained
 
 RANK = 8
 BLOCKS = (0, 5)  # of MiniLM, whose matrices are rounded
@@ -107,8 +107,7 @@ def lower_loss_than_lora(lab: Lab) -> Finding:
     choices = {"pissa": lambda: lora("pissa"), "lora": lambda: lora(True)}
     found = adapted(choices, seeds=lab.seeds)
     gap = lab.effect(found["pissa"].loss, found["lora"].loss)
-    if lab.figures is not None:
-        _figure(lab, found)
+    draw_losses(lab, found)
     early = {name: f.curves[:, 20:30].mean(1).tolist() for name, f in found.items()}
     return judge(
         gap.below,
@@ -120,16 +119,3 @@ def lower_loss_than_lora(lab: Lab) -> Finding:
         rates={name: f.rate for name, f in found.items()},
         trained={name: f.trainable for name, f in found.items()},
     )
-
-
-def _figure(lab: Lab, found: dict[str, Adapted]) -> None:
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(6, 3.4), layout="constrained")
-    ax = fig.subplots()
-    for (name, one), colour in zip(found.items(), ("#4477aa", "#ee6677")):
-        smooth = one.curves.mean(0).unfold(0, 5, 1).mean(1)
-        ax.plot(torch.arange(len(smooth)) + 3, smooth, color=colour, label=f"{name}, rate {one.rate:.1g}")
-    ax.set(xlabel="step", ylabel="loss of a batch (mean of 5 seeds)", yscale="log")
-    ax.legend(frameon=False)
-    lab.figure("curves", fig)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pondera.adapters.sorsa import SorsaConfig, orthonormality
 from pondera.replications import Finding, Lab, claim, judge
-from pondera.replications._adapting import LAYERS, Adapted, adapt, adapted, pretrained
+from pondera.replications._adapting import LAYERS, Adapted, adapt, adapted, draw_losses, pretrained
 
 R = 8
 FACTOR = 0.2  # the pull on one factor, as in the authors' run: 13.3 over 448 of them there, 0.2 over 6 here
@@ -99,7 +99,7 @@ def lower_loss(lab: Lab) -> Finding:
         name: lab.effect(found["sorsa"].curves.mean(1).tolist(), found[name].curves.mean(1).tolist())
         for name in ("lora", "pissa")
     }
-    draw(lab)
+    draw_losses(lab, found, "loss", span=10)
     return judge(
         gaps["lora"].below and gaps["pissa"].below,
         note="well below LoRA, but level with PiSSA at the end and over the steps, and with itself without the penalty: the start "
@@ -152,18 +152,3 @@ def alteration(net: nn.Module) -> tuple[float, float]:
         turns.append(1 - same.mean().item())
         moves.append(((s1[:R] - s[:R]).abs() / s[:R]).mean().item())
     return sum(turns) / len(turns), sum(moves) / len(moves)
-
-
-def draw(lab: Lab) -> None:
-    """Batch loss against the step, mean over seeds, smoothed over 10 steps."""
-    from matplotlib import pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(5.2, 3.4))
-    colors = ("#bbbbbb", "#999999", "#ccbb44", "#4477aa", "#66ccee", "#aa3377")
-    for (name, one), color in zip(runs(lab.n_seeds).items(), colors, strict=True):
-        mean = one.curves.mean(0).unfold(0, 10, 1).mean(1)
-        ax.plot(range(10, 10 + len(mean)), mean, color=color, lw=1.2, label=f"{name}, rate {one.rate:.0e}")
-    ax.set(yscale="log", xlabel="step", ylabel="batch loss")
-    ax.legend(frameon=False, fontsize=7)
-    lab.figure("loss", fig)
-    plt.close(fig)

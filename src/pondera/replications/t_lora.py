@@ -2,13 +2,13 @@
 
 The base is `pondera.lab.glyphs`, the one image shows the concept on gray in the centre, and the training prompt is "a sks
 glyph". Asked for are other backgrounds and positions. A judge that never saw a generated image says whether the glyph is
-the concept (fidelity) and whether background and position are what the prompt says (alignment). All choices have the
-same rank, steps, batch, noise and optimizer. Position counts as right when the height is: the base knows top from bottom and does not
-know left from right.
+the concept (fidelity) and whether background and position are what the prompt says (alignment). Position counts as right
+when the height is: the base knows top from bottom and does not know left from right. All choices have the same rank,
+steps, batch, noise and optimizer; the rate of each is chosen from one grid on two other concepts, by the sum of fidelity
+and alignment.
 
 This is the second design. In the first, 200 steps of batch 2 and other concepts, no choice had learnt the concept (LoRA drew
-it under the training prompt in 42%), so that nothing could overfit; fidelity and alignment of all were alike. The rate, 1e-3, is what
-its tuning chose for each of the four main choices, from 3e-4, 1e-3 and 3e-3 on two other concepts. Concepts are
+it under the training prompt in 42%), so that nothing could overfit; fidelity and alignment of all were alike. Concepts are
 now those that LoRA, on a seed not used again, draws under the training prompt in most images after 300 steps.
 """
 
@@ -26,7 +26,8 @@ from pondera.replications._kept import run_all
 
 RANK, BATCH = 32, 4
 MARKS = (150, 300)  # steps after which a run is looked at; the last is the one judged
-RATE = 1e-3
+RATES = (3e-4, 1e-3, 3e-3)
+TUNED_ON = ("plane", "question")
 TAUGHT = ("knight", "flag", "omega", "eject", "euro")
 SEEDS = (0, 1, 2)
 PLACES = (
@@ -42,6 +43,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "LoRA, t of 800 to 999": {"start": "lora", "r_min": RANK, "span": (800, 1000)},
     "LoRA, t of 0 to 499": {"start": "lora", "r_min": RANK, "span": (0, 500)},
 }
+RATE_OF = {"LoRA, t of 800 to 999": "LoRA", "LoRA, t of 0 to 499": "LoRA"}  # these take LoRA's rate
 
 # Why claims failed, written after the run.
 NOTE = (
@@ -141,11 +143,19 @@ def _sample(pipe: Any, prompts: list[str], seed: int) -> Tensor:
 
 
 @cache
-def _experiment() -> list[Run]:
-    """The judged runs: every arm, concept and seed."""
-    tasks = [(a, RATE, c, s, MARKS) for a in ARMS for c in TAUGHT for s in SEEDS]
+def _experiment() -> tuple[dict[str, float], list[Run]]:
+    """The tuned rates, and the judged runs: every arm, concept and seed."""
     settings = f"{ARMS} {RANK} {BATCH} {PLACES} {EACH} {__version__}"
-    return [Run(**row) for row in run_all("t-lora", _run, tasks, settings)]
+    mine = [a for a in ARMS if a not in RATE_OF]
+    tasks = [(a, rate, c, 100, MARKS[-1:]) for a in mine for rate in RATES for c in TUNED_ON]
+    tried = [Run(**row) for row in run_all("t-lora", _run, tasks, settings)]
+    rates: dict[str, float] = {}
+    for arm in mine:
+        total = {x: sum(t.glyph[-1] + t.alignment() for t in tried if (t.arm, t.rate) == (arm, x)) for x in RATES}
+        rates[arm] = max(total, key=total.__getitem__)
+    rates |= {arm: rates[like] for arm, like in RATE_OF.items()}
+    judged = [(a, rates[a], c, s, MARKS) for a in ARMS for c in TAUGHT for s in SEEDS]
+    return rates, [Run(**row) for row in run_all("t-lora", _run, judged, settings)]
 
 
 def _of(runs: list[Run], arm: str) -> list[Run]:
@@ -174,13 +184,18 @@ def _means(runs: list[Run]) -> dict[str, dict[str, float]]:
     "T-LoRA minus LoRA has its interval above -0.1",
 )
 def better_alignment_at_equal_fidelity(lab: Lab) -> Finding:
-    runs = _experiment()
+    rates, runs = _experiment()
     lora, ours = _of(runs, "LoRA"), _of(runs, "T-LoRA")
     alignment = lab.effect([r.alignment() for r in ours], [r.alignment() for r in lora])
     fidelity = lab.effect([r.glyph[-1] for r in ours], [r.glyph[-1] for r in lora])
     lab.figure("trade-off", _figure(runs))
     return judge(
-        alignment.above and fidelity.low > -0.1, note=NOTE, alignment=alignment, fidelity=fidelity, means=_means(runs)
+        alignment.above and fidelity.low > -0.1,
+        note=NOTE,
+        alignment=alignment,
+        fidelity=fidelity,
+        rates=rates,
+        means=_means(runs),
     )
 
 
@@ -192,7 +207,7 @@ def better_alignment_at_equal_fidelity(lab: Lab) -> Finding:
     "masked LoRA above 0 (intervals)",
 )
 def both_parts_help(lab: Lab) -> Finding:
-    runs = _experiment()
+    _, runs = _experiment()
     total = {arm: [r.glyph[-1] + r.alignment() for r in _of(runs, arm)] for arm in ARMS}
     mask, start = lab.effect(total["masked LoRA"], total["LoRA"]), lab.effect(total["T-LoRA"], total["masked LoRA"])
     ortho = lab.effect(total["Ortho-LoRA"], total["LoRA"])
@@ -207,7 +222,7 @@ def both_parts_help(lab: Lab) -> Finding:
     "all-t training below 0, fidelity of low-t minus all-t training below 0 (intervals)",
 )
 def high_timesteps_overfit(lab: Lab) -> Finding:
-    runs = _experiment()
+    _, runs = _experiment()
     high, low, full = (_of(runs, a) for a in ("LoRA, t of 800 to 999", "LoRA, t of 0 to 499", "LoRA"))
     aligned = lambda rs: [r.alignment() for r in rs]  # noqa: E731
     low_high, high_full = lab.effect(aligned(low), aligned(high)), lab.effect(aligned(high), aligned(full))
