@@ -13,7 +13,17 @@ from torch import nn
 from pondera.adapters.dota import Dota, DotaConfig, DotaLayer
 from pondera.linalg.tensor_train import train_matrix
 from pondera.replications import Finding, Lab, claim, judge
-from pondera.replications._adapting import LAYERS, adapt, adapted, digits, draw_losses, measure, pretrained, train
+from pondera.replications._adapting import (
+    LAYERS,
+    Adapted,
+    adapt,
+    adapted,
+    digits,
+    draw_losses,
+    measure,
+    pretrained,
+    train,
+)
 from pondera.replications.pissa import nf4
 
 BOND, CORES, LORA_RANK = 8, 3, 6  # 10,848 and 10,908 trained numbers
