@@ -34,8 +34,8 @@ ADAPTERS = (  # PEFT's and ours, of sizes for layers of width 128 to 384
     "Svft(off_diagonal=8)", "Oft(block_size=16)", "Givens(form='scaled')", "Dota(r=8,n_cores=3)",
 )  # fmt: skip
 ADAPTED: dict[str, tuple[str, ...]] = {
-    "gpt": ("--budget", "40", "--seeds", "3", "--rates", "0.001,0.003,0.01,0.03"),
-    "minilm": ("--budget", "30", "--seeds", "3", "--rates", "0.001,0.003,0.01,0.03"),
+    "gpt": ("--budget", "40", "--seeds", "3", "--rates", "0.0003,0.001,0.003,0.01,0.03,0.1"),
+    "minilm": ("--budget", "30", "--seeds", "3", "--rates", "0.0001,0.0003,0.001,0.003,0.01,0.03"),
 }
 
 
