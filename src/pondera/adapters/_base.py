@@ -3,7 +3,7 @@
 A method writes a core: its start (`__init__`), its forward and its merged weight. There are two kinds.
 
 - `Additive`: the layer's weight becomes :math:`W' = W + \\Delta`. The core gives `delta()`, and where the change has
-  factors a faster `forward(x)` equal to :math:`x \\Delta^T`.
+  factors a faster `forward(x)` equal to :math:`x \\Delta^T` and `rows(index)` equal to :math:`\\Delta_{index}`.
 - `InputRotation`: the layer's input is turned before it meets the weight, :math:`y = W (x R) + b`. The core gives
   `forward(x)` equal to :math:`x R`, and `merged(weight)` equal to :math:`W R^T`.
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import (
@@ -81,6 +81,10 @@ class Additive(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         return F.linear(x, self.delta())
+
+    def rows(self, index: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
+        """Rows of `delta()`, as an embedding takes them; where the change has factors, without building the rest."""
+        return F.embedding(index, self.delta())
 
 
 class InputRotation(nn.Module):
@@ -183,7 +187,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             core, scale = self.cores[name], self.scale_of[name]
             dtype = _dtype_of(core)
             if isinstance(layer, nn.Embedding):
-                change = F.embedding(x, core.delta().to(dtype))
+                change = core.rows(x).to(dtype)
                 if (embed_scale := self._get_embed_scale()) is not None:
                     change = change * embed_scale.to(dtype)
             elif isinstance(layer, nn.Conv2d):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -100,6 +100,10 @@ class Sorsa(Additive):
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         left, right = self.factors()
         return F.linear(F.linear(x, right), left)
+
+    def rows(self, index: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
+        left, right = self.factors()
+        return F.embedding(index, left) @ right
 
 
 class SorsaLayer(AdapterLayer):

@@ -115,6 +115,10 @@ class Svft(Additive):
         z = F.linear(x, self.Vt)
         return F.linear(z * self.m if self.plain else F.linear(z, self.M()), self.U)
 
+    def rows(self, index: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
+        left = F.embedding(index, self.U)
+        return (left * self.m if self.plain else left @ self.M()) @ self.Vt
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         saved = state_dict.get(prefix + "signature")
         if saved is not None and saved.shape == self.signature.shape:
