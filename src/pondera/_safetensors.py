@@ -17,6 +17,11 @@ from torch import Tensor
 from pondera.errors import BadInput
 
 INDEX = "model.safetensors.index.json"
+BESIDE = (  # what a folder of Hugging Face's has beside the weights to build the model and to feed it
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.*",
+    "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
@@ -38,12 +43,18 @@ class Entry:
 
 
 class FileModel:
-    """A model in a file, in a folder, or behind an index of shards. paths: the files it is read from."""
+    """A model in a file, in a folder, or behind an index of shards.
 
-    def __init__(self, path: str | Path, who: str) -> None:
-        path = Path(path)
+    paths: the files it is read from. beside: files of its folder that describe it, where a folder or an index was given.
+    """
+
+    def __init__(self, given: str | Path, who: str) -> None:
+        path = Path(given)
         if path.is_dir():
             path = _in_folder(path, who)
+        alone = path.suffix != ".json" and not Path(given).is_dir()
+        found = [] if alone else [f for pattern in BESIDE for f in path.parent.glob(pattern) if f.is_file()]
+        self.beside = sorted(found)
         self.said = str(path)
         self.metadata: dict[str, str] = {}
         self.index: dict[str, Any] = {}

@@ -239,8 +239,14 @@ def test_a_transformers_model_reads_the_result(tmp_path):
     models = [transformers.GPT2LMHeadModel(config) for _ in range(2)]
     for i, model in enumerate(models):
         model.save_pretrained(tmp_path / str(i))
-    fuse_files([tmp_path / "0", tmp_path / "1"], tmp_path / "out", shard_size="4KB")
-    config.save_pretrained(tmp_path / "out")
+    for name in ("merges.txt", "spiece.model", "README.md", "trainer_state.json"):
+        (tmp_path / "0" / name).write_text(name)
+    report = fuse_files([tmp_path / "0", tmp_path / "1"], tmp_path / "out", shard_size="4KB")
+    beside = {f.name for f in report.files} - {f.name for f in report.files if "safetensors" in f.name}
+    assert beside == {"config.json", "generation_config.json", "merges.txt", "spiece.model"}
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {f.name for f in report.files}
+    alone = fuse_files([tmp_path / "0" / "model.safetensors", tmp_path / "1"], tmp_path / "o2", shard_size="4KB")
+    assert all("safetensors" in f.name for f in alone.files)
     merged = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out")
     assert merged.lm_head.weight is merged.transformer.wte.weight
     for (name, x), y, z in zip(merged.named_parameters(), *(m.parameters() for m in models)):

@@ -8,6 +8,7 @@ where a model has that.
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,7 +197,8 @@ def merge_files(
 
     Each model is a ``.safetensors`` file, the ``.safetensors.index.json`` of one in shards, or a folder that holds one
     of them. `out` is a ``.safetensors`` file; with `shard_size` (bytes, or as "5GB") a new folder of shards and their
-    index, called as Hugging Face calls them. It appears whole at the end or not at all, and keeps the base's metadata.
+    index, called as Hugging Face calls them, with the base's config and tokenizer where it was given as a folder or an index.
+    It appears whole at the end or not at all, and keeps the base's metadata.
     """
     out = Path(out)
     sources = [FileModel(path, who) for path in models]
@@ -230,7 +232,9 @@ def merge_files(
                     fill(file, group)
             index = json.dumps({"metadata": about, "weight_map": where}, indent=2)
             (folder / INDEX).write_text(index + "\n", encoding="utf-8")
-        files = [out / name for name in (*plan, INDEX)]
+            for path in base.beside:
+                shutil.copyfile(path, folder / path.name)
+        files = [out / name for name in (*plan, INDEX, *(path.name for path in base.beside))]
     return MergeReport(who, len(models), [changes[n] for n in names], files)
 
 
