@@ -1,8 +1,10 @@
 """Commands as a user types them."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +35,14 @@ def test_list_search_show():
     shown = pondera("show", "lsuv").stdout
     for part in ("All you need is a good init", "lsuv_", "holds"):
         assert part in shown
+
+
+def test_help_names_every_task():
+    from pondera.lab import tasks
+
+    words = " ".join(pondera("compare", "--help").stdout.split())
+    shipped = {f.stem for f in Path(str(tasks.__file__)).parent.glob("[!_]*.py")}
+    assert set(re.search(r"built-in task \((.*?)\)", words).group(1).split(", ")) == shipped
 
 
 def test_compare_writes_report_and_table(tmp_path):

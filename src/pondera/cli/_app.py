@@ -112,7 +112,10 @@ def show(key: Annotated[str, typer.Argument(help="A paper's key, as in `pondera 
 @app.command()
 def compare(
     task: Annotated[
-        str, typer.Argument(help="A built-in task (digits, mnist, deep, code) or the path of a task file.")
+        str,
+        typer.Argument(
+            help="A built-in task (digits, mnist, deep, code, photo, audio, graph, shift, minilm, gpt) or a task file's path."
+        ),
     ],
     recipes: Annotated[
         list[str] | None, typer.Argument(help='Recipes: "init=lsuv+optim=NorMuon", or "label: init=zero".')
