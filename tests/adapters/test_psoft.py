@@ -50,6 +50,39 @@ def test_the_change_by_hand():
 
 
 @pytest.mark.parametrize(
+    ("vectors", "series", "first_row", "merged", "gradient"),
+    [  # y[0], |W'| and |d sum(y^2) / d skew entries| of the module the authors published, in float64
+        (False, False, [-0.8653834, 2.7115377, 0.0763257, -2.7337485, 0.7191953, 2.5244626], 4.9129644, 151.485384),
+        (False, True, [-0.9122575, 2.7404745, 0.1147792, -2.7738753, 0.6924187, 2.5723814], 4.9755718, 139.672979),
+        (True, False, [-1.2020584, 2.9878716, 0.3325876, -3.0846546, 0.5650471, 2.9202259], 5.5621458, 240.081324),
+        (True, True, [-1.2639828, 3.0212966, 0.3847853, -3.1332691, 0.5269962, 2.9799132], 5.6353077, 223.037976),
+    ],
+)
+def test_agrees_with_the_authors_module(vectors, series, first_row, merged, gradient):
+    """Their five Neumann terms go up to Q^6, which PEFT counts as seven; they fill below the diagonal, PEFT above."""
+    layer, x = nn.Linear(8, 6, bias=False), torch.cos(torch.arange(1.0, 25)).view(3, 8)
+    layer.weight.data = torch.sin(torch.arange(1.0, 49)).view(6, 8)
+    switches = {"psoft_mag_a": vectors, "psoft_mag_b": vectors, "use_cayley_neumann": series}
+    if series:
+        switches["num_cayley_neumann_terms"] = 7
+    net, layer, _ = tuned(layer, r=4, size=0.0, **switches)
+    module, n = layer.psoft_R["default"], torch.arange(1.0, 5)
+    below = torch.zeros(4, 4)
+    below[tuple(torch.tril_indices(4, 4, -1))] = 0.3 * torch.arange(1.0, 7).sin()
+    with torch.no_grad():
+        module.weight.copy_(below.T[tuple(torch.triu_indices(4, 4, 1))])
+        if vectors:
+            module.vector_b.copy_(1 + 0.2 * n.cos())
+            module.vector_a.copy_(1 + 0.2 * n.sin())
+    y = net(x)
+    y.square().sum().backward()
+    assert torch.allclose(y[0], torch.tensor(first_row), atol=1e-5)
+    assert module.weight.grad.norm().item() == pytest.approx(gradient, rel=1e-5)
+    whole = layer.base_layer.weight + layer.get_delta_weight("default")
+    assert whole.norm().item() == pytest.approx(merged, rel=1e-5)
+
+
+@pytest.mark.parametrize(
     ("switches", "count"),
     [
         ({}, lambda r: r * (r - 1) // 2 + 2 * r),
