@@ -2,8 +2,9 @@
 
     python scripts/train_small_gpt.py [--steps 7000] [--out src/pondera/lab/tasks/gpt.safetensors]
 
-A step takes about 0.13 s on one core, all of them a quarter of an hour. Modules in HELD_OUT are not trained on (the task "code" is scored on two of them);
-the weights with the least loss on them are kept, as fp16. The draw is fixed; the text is what the interpreter ships.
+A step takes about 0.13 s on one core, all of them a quarter of an hour. Modules in HELD_OUT are not trained on (the task
+"code" is scored on two of them); the weights with the least loss on them are kept, as fp16. The draw is fixed; the text is
+what the interpreter ships.
 """
 
 import argparse

@@ -230,7 +230,7 @@ def test_peft_adapters_attach_to_all_attention(pipe):
     before = few(ours)
     ours.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     layers = [m for m in ours.unet.modules() if hasattr(m, "base_layer")]
-    assert len(layers) == 48 and {m.base_layer.out_features for m in layers} == {64, 96}
+    assert len(layers) == 48 and {m.base_layer.out_features for m in layers} == {64, 128}
     assert torch.allclose(few(ours), before, atol=1e-6)
     trained = [p for p in ours.unet.parameters() if p.requires_grad]
     assert len(trained) == 2 * 48
@@ -248,22 +248,18 @@ def test_each_base_is_a_fresh_copy_of_one_size():
     with torch.no_grad():
         next(first.unet.parameters()).zero_()
     assert next(second.unet.parameters()).abs().sum() > 0 and first.text_encoder is second.text_encoder
-    assert BASE.stat().st_size < 8e6 and sum(p.numel() for p in first.unet.parameters()) < 3e6
+    assert BASE.stat().st_size < 8e6 and sum(p.numel() for p in first.unet.parameters()) < 4e6
 
 
 def test_the_base_draws_what_the_prompt_says():
-    # On 240 prompts it was right about glyph, background, position in 0.59, 0.94, 0.63; chance is 0.03, 0.13, 0.20.
-    # Its position is right in height (top, center, bottom) and a guess between left and right.
+    # On 240 prompts it was right about glyph, background, position in 0.85, 1.00, 1.00; chance is 0.03, 0.13, 0.20.
     generator, parts = seeded(5), ("glyph", "background", "position")
     scenes = [sample_scene(generator) for _ in range(24)]
     prompts = [prompt(s.glyph, colours=s.colours, background=s.background, position=s.position) for s in scenes]
     images = base()(prompts, num_inference_steps=12, generator=generator, output_type="pt").images
     right = [judges().agrees(x[None], **{p: getattr(s, p) for p in parts}) for x, s in zip(images, scenes)]
     share = {p: sum(bool(r[p]) for r in right) / len(scenes) for p in parts}
-    heights = zip(judges().name(images, "position"), scenes)
-    share["height"] = sum(said.split()[0] == s.position.split()[0] for said, s in heights) / len(scenes)
-    assert share["height"] >= 0.85 and share["background"] >= 0.75 and share["position"] >= 0.4, share
-    assert share["glyph"] >= 0.35, share
+    assert share["position"] >= 0.9 and share["background"] >= 0.9 and share["glyph"] >= 0.6, share
 
 
 def test_judges_read_drawn_images_of_another_stream():

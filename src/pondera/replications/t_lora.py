@@ -2,16 +2,20 @@
 
 The base is `pondera.lab.glyphs`, the one image shows the concept on gray in the centre, and the training prompt is "a sks
 glyph". Asked for are other backgrounds and positions. A judge that never saw a generated image says whether the glyph is
-the concept (fidelity) and whether background and position are what the prompt says (alignment). Position counts as right
-when the height is: the base knows top from bottom and does not know left from right. All choices have the same rank,
-steps, batch, noise and optimizer; the rate of each is chosen from one grid on two other concepts, by the sum of fidelity
-and alignment.
+the concept (fidelity) and whether background and position are what the prompt says (alignment). All choices have the
+same rank, steps, batch, noise and optimizer; the rate of each is chosen from one grid on two other concepts, by the sum of
+fidelity and alignment. The rank is 8, which is to the layers' widths of 64 and 128 what the paper's 64 is to SD-XL's.
 
-This is the second design. In the first, 200 steps of batch 2 and other concepts, no choice had learnt the concept (LoRA drew
-it under the training prompt in 42%), so that nothing could overfit; fidelity and alignment of all were alike. Concepts are
-now those that LoRA, on a seed not used again, draws under the training prompt in most images after 300 steps.
+This is the third design; the claims and their criteria are those of the first. In the first (200 steps of batch 2) no
+choice had learnt the concept, so that nothing could overfit. In the second (rank 32, 300 steps of batch 4) T-LoRA and LoRA
+were alike, but the base of that time knew no left from right and had its shapes decided below t = 500: its noise left the
+upper half of the times nothing to do. The base was trained anew for this one, with a noise schedule made for small
+images. Before the run only LoRA was looked at, on four concepts and a seed not used again: at 1e-3 it keeps the prompt
+nearly always, and learns concepts whose two tones lie one above the other (as some known glyphs' do) sooner than those
+side by side. So both kinds are tuned on, and both are taught.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -24,11 +28,12 @@ from pondera import __version__
 from pondera.replications import Finding, Lab, claim, judge
 from pondera.replications._kept import run_all
 
-RANK, BATCH = 32, 4
+RANK, BATCH = 8, 4
+MORE = 32  # a rank of which one image leaves much unused
 MARKS = (150, 300)  # steps after which a run is looked at; the last is the one judged
-RATES = (3e-4, 1e-3, 3e-3)
-TUNED_ON = ("plane", "question")
-TAUGHT = ("knight", "flag", "omega", "eject", "euro")
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+TUNED_ON, TUNING_SEEDS = ("plane", "flag"), (100, 101)
+TAUGHT = ("knight", "omega", "euro", "psi", "hash")
 SEEDS = (0, 1, 2)
 PLACES = (
     ("blue", "top left"), ("white", "bottom right"), ("brown", "top right"), ("striped", "bottom left"),
@@ -45,23 +50,22 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 RATE_OF = {"LoRA, t of 800 to 999": "LoRA", "LoRA, t of 0 to 499": "LoRA"}  # these take LoRA's rate
 
-# Why claims failed, written after the run.
+# Written after the run.
 NOTE = (
-    "LoRA and T-LoRA, both at 1e-3, learn the concept (right in 90 and 93% of images under the training prompt) and "
-    "let the background in (right in 42 and 41%). The likely cause: the layers are 64 and 96 wide, and the 16 "
-    "components that r_min leaves on at any t are enough to hold one background; the paper's are 640 to 2,048 wide. "
-    "Ortho-LoRA and masked LoRA were tuned to 3e-4, where they draw less of the concept (47 and 57%) and keep more "
-    "of the background (91 and 76%): along the same trade-off. The tuning rests on two concepts and one seed, and "
-    "its sums differ by less than they do between concepts"
+    "LoRA and T-LoRA, both tuned to 1e-3, follow the prompt alike (0.94), and little is left to win there. They err "
+    "differently: LoRA loses the place (right in 0.89, T-LoRA 1.00), T-LoRA the background (0.88, LoRA 0.98). T-LoRA "
+    "learns more slowly: it draws the concept under the training prompt in 61% of images, LoRA in 87%. Masked LoRA, "
+    "tuned to 3e-3, has the largest sum of both (1.35, LoRA 1.29), within the noise: fidelity differs more between "
+    "concepts (0.02 to 0.62 for LoRA) than between choices. The paper trains every choice at one rate and long enough to "
+    "overfit, which tuning by the sum avoids"
 )
 RANK_NOTE = (
-    "after 40 steps; LoRA's share, 0.47 to 0.50, lies at the mark of one half and passes it in one seed of five. "
-    "The up matrix of Ortho-LoRA starts with orthonormal columns, so that its full rank is given by the start and "
-    "only has to be kept; LoRA's starts at zero"
+    "after 40 steps; LoRA's share lies at the mark of one half, below it in three seeds and above it in two. The up "
+    "matrix of Ortho-LoRA starts with orthonormal columns, so that its full rank is given by the start and only has to "
+    "be kept; LoRA's starts at zero"
 )
 HIGH = (
-    "high timesteps alone do not teach the base the glyph at all (0.4%), so they have little to overfit; its shapes "
-    "are decided below t = 800, where a 16 x 16 picture still shows through the noise"
+    "high timesteps alone bring the background in (right in 23% of images, 98% for both others); the place stays right"
 )
 
 
@@ -96,7 +100,7 @@ def train(
     torch.manual_seed(seed)
     pipe.unet.requires_grad_(False)
     settings = {k: v for k, v in arm.items() if k != "span"}
-    pipe.unet.add_adapter(TLoraConfig(r=RANK, target_modules=ATTENTION, **settings))
+    pipe.unet.add_adapter(TLoraConfig(**{"r": RANK, "target_modules": ATTENTION, **settings}))
     trained = [p for p in pipe.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
     image = glyphs.concept_image(concept)[None] * 2 - 1
@@ -124,10 +128,8 @@ def _run(task: tuple[str, float, str, int, tuple[int, ...]]) -> dict[str, Any]:
     def look(pipe: Any) -> None:
         right: dict[str, list[bool]] = {k: [] for k in shares}
         for (background, position), images in zip(PLACES, _draw(pipe, seed).split(EACH)):
-            for k, v in glyphs.judges().agrees(images, glyph=concept, background=background).items():
+            for k, v in glyphs.judges().agrees(images, glyph=concept, background=background, position=position).items():
                 right[k] += v.tolist()
-            said = glyphs.judges().name(images, "position")
-            right["position"] += [height(one) == height(position) for one in said]
         for k, hits in right.items():
             shares[k].append(sum(hits) / len(hits))
 
@@ -153,9 +155,12 @@ def _sample(pipe: Any, prompts: list[str], seed: int) -> Tensor:
 @cache
 def _experiment() -> tuple[dict[str, float], list[Run]]:
     """The tuned rates, and the judged runs: every arm, concept and seed."""
-    settings = f"{ARMS} {RANK} {BATCH} {PLACES} {EACH} {__version__}"
+    from pondera.lab.glyphs._pipeline import BASE
+
+    weights = hashlib.sha256(BASE.read_bytes()).hexdigest()
+    settings = f"{ARMS} {RANK} {BATCH} {PLACES} {EACH} {__version__} {weights}"
     mine = [a for a in ARMS if a not in RATE_OF]
-    tasks = [(a, rate, c, 100, MARKS[-1:]) for a in mine for rate in RATES for c in TUNED_ON]
+    tasks = [(a, rate, c, s, MARKS[-1:]) for a in mine for rate in RATES for c in TUNED_ON for s in TUNING_SEEDS]
     tried = [Run(**row) for row in run_all("t-lora", _run, tasks, settings)]
     rates: dict[str, float] = {}
     for arm in mine:
@@ -246,32 +251,24 @@ def high_timesteps_overfit(lab: Lab) -> Finding:
     "Ortho-LoRA uses its full rank where LoRA's effective rank is below half",
     source="Fig. 4, Sec. 3.3",
     budget="quick",
-    criterion="5 seeds: mean over layers of the effective rank (least k whose top k singular values are 95% of the sum) of "
+    criterion="r = 32, 5 seeds: mean over layers of the effective rank (least k whose top k singular values are 95% of the sum) of "
     "the trained up matrix is at least 0.9 r for Ortho-LoRA and below 0.5 r for LoRA, in every seed",
 )
 def full_rank_is_used(lab: Lab) -> Finding:
     ranks: dict[str, list[float]] = {}
     for name in ("LoRA", "Ortho-LoRA"):
+        arm = ARMS[name] | {"r": MORE, "r_min": MORE}
         for seed in lab.seeds:
             concept = TAUGHT[seed % len(TAUGHT)]
-            pipe = train(ARMS[name], 1e-3, concept, seed, marks=(40,))
+            pipe = train(arm, 1e-3, concept, seed, marks=(40,))
             cores = [m for m in pipe.unet.modules() if type(m).__name__ == "TLora"]
-            ups = [effective_rank(core.P.detach()) / RANK for core in cores]
+            ups = [effective_rank(core.P.detach()) / MORE for core in cores]
             ranks.setdefault(name, []).append(round(sum(ups) / len(ups), 3))
     return judge(
         min(ranks["Ortho-LoRA"]) >= 0.9 and max(ranks["LoRA"]) < 0.5,
         share_of_rank=ranks,
         note=RANK_NOTE,
     )
-
-
-def height(position: str) -> str:
-    """Top, center or bottom.
-
-    >>> height("bottom left")
-    'bottom'
-    """
-    return position.split()[0]
 
 
 def effective_rank(matrix: Tensor, share: float = 0.95) -> int:

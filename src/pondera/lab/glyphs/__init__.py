@@ -3,9 +3,8 @@
 The base knows the glyphs in `GLYPHS`. It has never seen those in `CONCEPTS`: customise it on one image of one,
 ``concept_image(name)``, under the prompt "a sks glyph", and let the judges say what it then draws.
 
-How far the base follows a prompt, by the judges on 240 full prompts (12 steps, guidance 2): background 0.94, glyph 0.59,
-position 0.63. It knows top, center and bottom, but has not learnt left from right: there it is right half the time. More
-guidance or steps do not help (guidance 5: glyph 0.25).
+How far the base follows a prompt, by the judges on 240 full prompts (12 steps, guidance 2): glyph 0.85, background and
+position above 0.99; guidance of 3 and 4 or 25 steps give the same.
 
 >>> prompt("sks glyph", background="blue", position="top left")
 'a sks glyph on a blue background at the top left'
