@@ -119,6 +119,8 @@ def test_bad_input_is_one_sentence(tmp_path):
     refused(pondera("reproduce"), "needs keys")
     refused(pondera("reproduce", "lsvu"), "did you mean lsuv")
     refused(pondera("reproduce", "lsuv", "--budget", "huge"), "a budget is one of")
+    refused(pondera("reproduce", "lsuv", "--claim", "none"), "lsuv has no claim named 'none'")
+    refused(pondera("reproduce", "lsuv", "zero", "--claim", "none"), "claims of one paper")
 
 
 @pytest.mark.slow

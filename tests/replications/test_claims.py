@@ -1,6 +1,7 @@
 """The framework of claims, and that recorded evidence is whole and speaks of the claims as they are written."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,3 +96,25 @@ def test_reproduce_writes_whole_files_and_refuses(tmp_path):
     with pytest.raises(BadInput, match="at least 5 seeds"):
         reproduce("lsuv", n_seeds=3)
     assert list(Lab("lsuv").seeds) == [0, 1, 2, 3, 4]
+
+
+def test_one_claim_is_run_and_the_others_keep_their_record(tmp_path, monkeypatch):
+    before = evidence("eva")
+    (tmp_path / "eva.json").write_text(json.dumps(before))
+    first, second = claims("eva")
+    ran = []
+
+    def run(lab):
+        ran.append(lab)
+        return judge(True, x=3.0)
+
+    run.__name__ = second.name
+    fake = replace(second, run=run)
+    monkeypatch.setattr("pondera.replications._claims.claims", lambda key: [first, fake])
+    reproduce("eva", only=[second.name], budgets=("gpu",), out=tmp_path)
+    after = json.loads((tmp_path / "eva.json").read_text())["claims"]
+    assert len(ran) == 1
+    assert after[0] == before["claims"][0]
+    assert after[1]["measured"] == {"x": 3.0}
+    with pytest.raises(BadInput, match=f"did you mean {second.name}"):
+        reproduce("eva", only=[second.name[:-1]])

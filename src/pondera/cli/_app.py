@@ -285,6 +285,9 @@ def reproduce(
     budget: Annotated[
         list[str] | None, typer.Option(help="Which claims: quick, full, gpu; repeatable. quick and full by default.")
     ] = None,
+    claim: Annotated[
+        list[str] | None, typer.Option(help="This claim of one paper alone, by name; repeatable.", show_default=False)
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Repeats of stochastic claims, at least 5.")] = 5,
     save: Annotated[Path | None, typer.Option(help="Folder to record evidence in.")] = None,
 ) -> None:
@@ -305,12 +308,15 @@ def reproduce(
         raise BadInput(
             "reproduce needs keys, --room ROOM or --all" + (f"; room {room} has no replication yet" if room else "")
         )
+    if claim and len(set(chosen)) > 1:
+        raise BadInput(f"--claim names claims of one paper, but {len(set(chosen))} were chosen")
     failed = False
     table = Table("key", "claim", "verdict", "measured", title="Claims re-run")
     for key in dict.fromkeys(chosen):
         record = replications.reproduce(
             key,
             budgets=budget or ("quick", "full"),
+            only=claim or (),
             n_seeds=seeds,
             out=save,
             said=lambda line: out.print(f"[dim]{escape(line)}[/dim]"),

@@ -195,6 +195,7 @@ def reproduce(
     key: str,
     *,
     budgets: Iterable[str] = ("quick", "full"),
+    only: Iterable[str] = (),
     n_seeds: int = 5,
     out: Path | None = None,
     said: Callable[[str], None] = lambda line: None,
@@ -204,12 +205,17 @@ def reproduce(
     Args:
         key: the paper's key.
         budgets: which claims to run; the others keep the record they have in `out`.
+        only: names of the claims to run, whatever their budgets; all of these budgets if none is named.
         n_seeds: repeats for stochastic claims, at least 5.
         out: folder to merge the evidence into (``KEY.json`` and figures), written atomically; None writes nothing.
         said: called with one line before each claim.
-    Raises: BadInput: for an unknown key or budget, or fewer than 5 seeds.
+    Raises: BadInput: for an unknown key, budget or claim, or fewer than 5 seeds.
     """
-    budgets = tuple(budgets)
+    budgets, only, every = tuple(budgets), tuple(only), claims(key)
+    names = [c.name for c in every]
+    for name in only:
+        if name not in names:
+            raise BadInput(f"{key} has no claim named {name!r}{nearest(name, names)} (its claims: {', '.join(names)})")
     for b in budgets:
         if b not in BUDGETS:
             raise BadInput(f"a budget is one of {', '.join(BUDGETS)}, got {b!r}")
@@ -221,8 +227,8 @@ def reproduce(
     old = json.loads(path.read_text(encoding="utf-8"))["claims"] if path and path.is_file() else []
     kept = {c["name"]: c for c in old}
     records = []
-    for one in claims(key):
-        if one.budget not in budgets:
+    for one in every:
+        if one.name not in only if only else one.budget not in budgets:
             if one.name in kept:
                 records.append(kept[one.name])
             continue
