@@ -35,7 +35,7 @@ ADAPTERS = (  # PEFT's and ours, of sizes for layers of width 128 to 384
 )  # fmt: skip
 ADAPTED: dict[str, tuple[str, ...]] = {
     "gpt": ("--budget", "40", "--seeds", "3", "--rates", "0.0003,0.001,0.003,0.01,0.03,0.1"),
-    "minilm": ("--budget", "80", "--seeds", "3", "--rates", "0.0003,0.001,0.003,0.01,0.03"),
+    "minilm": ("--budget", "80", "--seeds", "6", "--rates", "0.0003,0.001,0.003,0.01,0.03"),
 }
 
 
