@@ -111,7 +111,8 @@ def test_one_claim_is_run_and_the_others_keep_their_record(tmp_path, monkeypatch
     run.__name__ = second.name
     fake = replace(second, run=run)
     monkeypatch.setattr("pondera.replications._claims.claims", lambda key: [first, fake])
-    reproduce("eva", only=[second.name], budgets=("gpu",), out=tmp_path)
+    found = reproduce("eva", only=[second.name], budgets=("gpu",), out=tmp_path)
+    assert [c["name"] for c in found["claims"]] == [second.name]
     after = json.loads((tmp_path / "eva.json").read_text())["claims"]
     assert len(ran) == 1
     assert after[0] == before["claims"][0]

@@ -286,7 +286,8 @@ def reproduce(
         list[str] | None, typer.Option(help="Which claims: quick, full, gpu; repeatable. quick and full by default.")
     ] = None,
     claim: Annotated[
-        list[str] | None, typer.Option(help="This claim of one paper alone, by name; repeatable.", show_default=False)
+        list[str] | None,
+        typer.Option(help="This claim of one paper alone, whatever its budget; repeatable.", show_default=False),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Repeats of stochastic claims, at least 5.")] = 5,
     save: Annotated[Path | None, typer.Option(help="Folder to record evidence in.")] = None,

@@ -200,7 +200,7 @@ def reproduce(
     out: Path | None = None,
     said: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Run a paper's claims and return its evidence: one record a claim, with versions and seeds.
+    """Run a paper's claims and return what came out: one record a claim that was run, with versions and seeds.
 
     Args:
         key: the paper's key.
@@ -226,7 +226,7 @@ def reproduce(
     path = out / f"{key}.json" if out else None
     old = json.loads(path.read_text(encoding="utf-8"))["claims"] if path and path.is_file() else []
     kept = {c["name"]: c for c in old}
-    records = []
+    records, ran = [], []
     for one in every:
         if one.name not in only if only else one.budget not in budgets:
             if one.name in kept:
@@ -241,10 +241,10 @@ def reproduce(
         record |= {"budget": one.budget, "seeds": n_seeds} | asdict(finding)
         record |= {"seconds": round(time.perf_counter() - began, 1), "figures": lab.saved, "versions": versions()}
         records.append(record)
-    result = {"key": key, "claims": records}
+        ran.append(record)
     if path:
-        write_atomically(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    return result
+        write_atomically(path, json.dumps({"key": key, "claims": records}, indent=1, ensure_ascii=False) + "\n")
+    return {"key": key, "claims": ran}
 
 
 def versions() -> dict[str, str]:
