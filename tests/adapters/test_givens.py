@@ -198,7 +198,10 @@ def test_every_kind_of_layer(form, mirror):
     net, x = Mixed(), torch.randint(11, (4, 5, 5))
     before = net(x)
     net = peft.get_peft_model(net, GivensConfig(form=form, mirror=mirror, target_modules=["emb", "conv", "gpt", "fc"]))
-    assert torch.equal(net(x), before)
+    # no angle changes no bit of the input, but its copy lies differently in memory, which may decide in which order a
+    # layer adds up: a few units in the last place of the largest output
+    eps = torch.finfo(before.dtype).eps
+    assert torch.allclose(net(x), before, rtol=0, atol=8 * eps * before.abs().max().item())
     with torch.no_grad():
         for p in net.parameters():
             if p.requires_grad:

@@ -36,6 +36,12 @@ def peft_rotation(terms, q):
     return module.get_weight().detach()
 
 
+def same_up_to_rounding(a, b):
+    """The layer adds up the same products, but of a copy of its input that lies differently in memory, which may decide
+    in which order. That is worth units in the last place of the largest output: 2.5 at most in 50 draws, 8 allowed."""
+    return torch.allclose(a, b, rtol=0, atol=8 * torch.finfo(b.dtype).eps * b.abs().max().item())
+
+
 # -- ours ------------------------------------------------------------------------------------------------------------
 
 
@@ -85,7 +91,7 @@ def test_any_kernel_starts_as_the_identity_and_merges(kernel, padding_mode):
     x = torch.randn(2, 4, 9, 9)
     before = layer(x)
     net = wrapped(layer, OftConfig(block_size=2, target_modules=["0"]))
-    assert torch.equal(net(x), before)
+    assert same_up_to_rounding(net(x), before)
     after = away(net, 0.5)(x)
     assert not torch.allclose(after, before, atol=0.1)
     assert torch.allclose(net.merge_and_unload()(x), after, atol=1e-5)
@@ -97,7 +103,7 @@ def test_embedding_and_conv1d():
     x = torch.arange(9)
     before = net(x)
     net = peft.get_peft_model(net, OftConfig(block_size=4, target_modules=["0", "1"]))
-    assert torch.equal(net(x), before)
+    assert same_up_to_rounding(net(x), before)
     after = away(net, 0.5)(x)
     assert not torch.allclose(after, before, atol=1e-2)
     assert torch.allclose(net.merge_and_unload()(x), after, atol=1e-5)

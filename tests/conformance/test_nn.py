@@ -47,7 +47,8 @@ def test_dtype_and_leading_dimensions(name, dtype):
     layer, x = make(name, dtype=dtype)
     out = layer(x.to(dtype))
     assert out.dtype == dtype
-    assert torch.equal(layer(x.to(dtype).view(1, *x.shape)), out.unsqueeze(0))
+    deeper = layer(x.to(dtype).view(1, *x.shape))  # may be another matrix product: a few last places of the largest
+    assert torch.allclose(deeper, out.unsqueeze(0), rtol=0, atol=4 * torch.finfo(dtype).eps * out.abs().max().item())
 
 
 @pytest.mark.parametrize("name", EVERY)

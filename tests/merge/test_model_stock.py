@@ -119,9 +119,10 @@ def test_frozen_and_equal_tensors():
     w0, (w1, _) = family(2, 5)
     assert torch.equal(stock(w0, [w0, w0])[0], w0)
     assert torch.equal(stock(w0, [w0, w1])[0], w0)
-    merged, facts = stock(w0, [w1, w1, w1])
-    assert facts["t"] == pytest.approx(1)
-    assert torch.allclose(merged, w1)
+    for filter_wise in (False, True):
+        merged, facts = stock(w0, [w1, w1, w1], filter_wise=filter_wise)
+        assert (facts["t"], facts["cos"]) == (1, 1)  # no rounding: every ratio of what is equal is 1
+        assert torch.allclose(merged, w1)
 
 
 def test_small_updates_keep_their_angle():

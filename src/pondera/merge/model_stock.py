@@ -172,8 +172,9 @@ def _rows(x: Float[Tensor, "entries"], row: int) -> Float[Tensor, "rows"]:
 
 def _mean_cos(gram: Float[Tensor, "rows n n"]) -> Float[Tensor, "rows"]:
     """Mean cosine over pairs from inner products; 0 for a pair with an update of length 0."""
-    length = gram.diagonal(dim1=1, dim2=2).sqrt()
-    product = length[:, :, None] * length[:, None, :]
-    cos = torch.where(product > 0, gram / product.where(product > 0, 1.0), 0.0).clamp(-1, 1)
+    square = gram.diagonal(dim1=1, dim2=2)
+    one, other = square[:, :, None], square[:, None, :]
+    # two ratios: equal updates give exactly 1, which two rounded roots multiplied do not
+    cos = torch.where((one > 0) & (other > 0), gram / one * (one / other).sqrt(), 0.0).clamp(-1, 1)
     i, j = torch.triu_indices(gram.shape[1], gram.shape[1], 1, device=gram.device)
     return cos[:, i, j].mean(1)
