@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pondera._permute import PermutationSpec, apply_permutation, random_permutations, trace_permutations
 from pondera.errors import BadInput
-from pondera.merge._permutation import PermutationSpec, apply_permutation, random_permutations
-from pondera.merge._trace import trace_permutations
 from pondera.merge.barrier import barrier, reset_norms_
 from pondera.merge.weight_matching import (
     match_many,

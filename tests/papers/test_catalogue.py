@@ -56,7 +56,7 @@ def test_status_is_derived():
     assert {status(p) for p in catalogue()} <= {"planned", "built", "tested"}
     for p in catalogue():
         assert (status(p) == "planned") == (not p.objects)
-        assert (status(p) == "tested") == bool(p.objects and (evidence_folder() / f"{p.key}.json").is_file())
+        assert (status(p) == "tested") == bool(p.objects and (evidence_folder() / p.room / f"{p.key}.json").is_file())
 
 
 def test_every_built_row_of_ours_has_replication_and_evidence():

@@ -1,13 +1,16 @@
 """The framework of claims, and that recorded evidence is whole and speaks of the claims as they are written."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from pondera.errors import BadInput
-from pondera.replications import Lab, claims, effect, evidence, judge, keys, not_shown, reproduce
+from pondera.papers import catalogue
+from pondera.replications import Lab, claims, effect, evidence, judge, keys, not_shown, reproduce, room
 from pondera.replications._claims import BUDGETS, evidence_folder
 
 
@@ -36,7 +39,22 @@ def test_evidence_is_of_these_claims(key):
         assert r["seeds"] >= 5
         assert r["verdict"] != "not shown here" or r["note"]
         for name in r["figures"]:
-            assert (evidence_folder() / name).is_file()
+            assert (evidence_folder() / room(key) / name).is_file()
+
+
+def test_replications_and_evidence_lie_in_the_room_of_their_row():
+    rooms = {p.key: p.room for p in catalogue()} | {"calibration": "lab"}  # the lab put to its own test: no paper
+    assert {key: room(key) for key in keys()} == {key: rooms[key] for key in keys()}
+    recorded = {p.relative_to(evidence_folder()).as_posix() for p in evidence_folder().rglob("*.json")}
+    assert recorded == {f"{room(key)}/{key}.json" for key in keys() if evidence(key)}
+    with pytest.raises(BadInput, match="did you mean lsuv"):
+        room("lsvu")
+
+
+def test_finding_a_replication_imports_none():
+    code = "import sys, pondera.replications as r; r.keys(); r.room('lsuv'); r.evidence('lsuv')\n"
+    code += "print(*(m for m in sys.modules if m.startswith('pondera.replications.') and '._' not in m))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
 
 
 BUDGET = 12.0  # seconds: papers whose quick claims took no longer, all together, are run again here
@@ -89,8 +107,8 @@ def test_verdicts_can_go_both_ways():
 
 def test_reproduce_writes_whole_files_and_refuses(tmp_path):
     reproduce("lsuv", budgets=("gpu",), out=tmp_path)
-    assert json.loads((tmp_path / "lsuv.json").read_text()) == {"key": "lsuv", "claims": []}
-    assert [p.name for p in tmp_path.iterdir()] == ["lsuv.json"]
+    assert json.loads((tmp_path / "init" / "lsuv.json").read_text()) == {"key": "lsuv", "claims": []}
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*")] == ["init/lsuv.json"]
     with pytest.raises(BadInput, match="does not exist"):
         reproduce("lsuv", out=tmp_path / "none")
     with pytest.raises(BadInput, match="at least 5 seeds"):
@@ -100,7 +118,9 @@ def test_reproduce_writes_whole_files_and_refuses(tmp_path):
 
 def test_one_claim_is_run_and_the_others_keep_their_record(tmp_path, monkeypatch):
     before = evidence("eva")
-    (tmp_path / "eva.json").write_text(json.dumps(before))
+    (tmp_path / "adapters").mkdir()
+    path = tmp_path / "adapters" / "eva.json"
+    path.write_text(json.dumps(before))
     first, second = claims("eva")
     ran = []
 
@@ -113,7 +133,7 @@ def test_one_claim_is_run_and_the_others_keep_their_record(tmp_path, monkeypatch
     monkeypatch.setattr("pondera.replications._claims.claims", lambda key: [first, fake])
     found = reproduce("eva", only=[second.name], budgets=("gpu",), out=tmp_path)
     assert [c["name"] for c in found["claims"]] == [second.name]
-    after = json.loads((tmp_path / "eva.json").read_text())["claims"]
+    after = json.loads(path.read_text())["claims"]
     assert len(ran) == 1
     assert after[0] == before["claims"][0]
     assert after[1]["measured"] == {"x": 3.0}

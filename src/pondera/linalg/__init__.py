@@ -1,7 +1,7 @@
 """Craft every room shares: matrix views, orthogonal factors, rotations, tensor trains, Hadamard matrices, averages."""
 
 from pondera.linalg.cayley import cayley, skew
-from pondera.linalg.gauss import gaussian_mean
+from pondera.linalg.gauss import gaussian_mean, gaussian_pair_mean
 from pondera.linalg.givens import givens_tree, rotations
 from pondera.linalg.hadamard import hadamard
 from pondera.linalg.matrix import as_matrix
@@ -13,6 +13,7 @@ __all__ = [
     "balance",
     "cayley",
     "gaussian_mean",
+    "gaussian_pair_mean",
     "givens_tree",
     "haar",
     "hadamard",

@@ -11,10 +11,9 @@ models, and return the report.
 tensor([0.5000, 0.5000])
 """
 
+from pondera._permute import PermutationSpec, apply_permutation, trace_permutations
 from pondera.merge._match_files import match_files
-from pondera.merge._permutation import PermutationSpec, apply_permutation
 from pondera.merge._stream import Change, MergedState, MergeReport
-from pondera.merge._trace import trace_permutations
 from pondera.merge.bang import balancing_scale, bang, bang_files, bang_loss, wise_ft, wise_ft_files
 from pondera.merge.barrier import Barrier, barrier, reset_norms_
 from pondera.merge.fuse import fuse, fuse_files

@@ -7,9 +7,9 @@ from tempfile import TemporaryDirectory
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
+from pondera._permute import PermutationSpec
 from pondera._safetensors import FileModel
 from pondera.errors import BadInput
-from pondera.merge._permutation import PermutationSpec
 from pondera.merge._stream import MergeReport
 from pondera.merge.bang import wise_ft_files
 from pondera.merge.weight_matching import Matched, weight_matching

@@ -10,8 +10,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
 from pondera._batch import Batch
-from pondera.errors import BadInput, describe, nearest, require_finite
-from pondera.merge._permutation import (
+from pondera._permute import (
     Permutations,
     PermutationSpec,
     Place,
@@ -20,8 +19,9 @@ from pondera.merge._permutation import (
     identities,
     random_permutations,
     reorder,
+    trace_permutations,
 )
-from pondera.merge._trace import trace_permutations
+from pondera.errors import BadInput, describe, nearest, require_finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

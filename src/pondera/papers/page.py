@@ -149,6 +149,8 @@ def _claims(paper: Paper, site: bool) -> str:
 
 def findings(key: str, *, site: bool = False) -> str:
     """The claims of one replication with their verdicts, figures measured and notes, as Markdown; "" without one."""
+    from pondera.replications import room
+
     records = replicated(key)
     if not records:
         return ""
@@ -165,7 +167,7 @@ def findings(key: str, *, site: bool = False) -> str:
     if details:
         parts += ["Measured, by claim:", "\n".join(details)]
     parts += [
-        f"![{text(r['claim'])}]({name})" if site else f"Figure: `evidence/{name}`"
+        f"![{text(r['claim'])}]({name})" if site else f"Figure: `evidence/{room(key)}/{name}`"
         for r in records
         for name in r.get("figures", [])
     ]
@@ -173,7 +175,7 @@ def findings(key: str, *, site: bool = False) -> str:
 
 
 def _reproduce(paper: Paper) -> str:
-    from pondera.replications import keys
+    from pondera.replications import keys, room
 
     if paper.key not in keys():
         return ""
@@ -189,11 +191,11 @@ def _reproduce(paper: Paper) -> str:
             f"\n\nThe recorded run took {took:.0f} s with torch {v['torch']}, Python {v['python']} "
             f"and pondera {v['pondera']}."
         )
-    module = paper.key.replace("-", "_")
+    home, module = room(paper.key), paper.key.replace("-", "_")
     return (
         "## Reproduce it\n\n```console\n" + "\n".join(lines) + "\n```\n\n"
-        f"The claims are stated in `src/pondera/replications/{module}.py`, "
-        f"the results in `evidence/{paper.key}.json`.{when}"
+        f"The claims are stated in `src/pondera/replications/{home}/{module}.py`, "
+        f"the results in `evidence/{home}/{paper.key}.json`.{when}"
     )
 
 
@@ -235,7 +237,7 @@ def _imports(source: str, path: str, value: Any) -> Iterator[str]:
         if name == own:
             yield f"from {door} import {own}"
         elif name in around:
-            yield _import_line(name, around[name])
+            yield _import_line(name, around[name], door)
 
 
 def _public(line: str) -> str:
@@ -251,14 +253,16 @@ def _sorted(imports: Iterable[str]) -> list[str]:
     return sorted(imports, key=lambda line: ("pondera" in line, not line.startswith("import "), line))
 
 
-def _import_line(name: str, value: Any) -> str:
+def _import_line(name: str, value: Any, door: str) -> str:
+    """From where a user imports it: the outermost package around its module, or `door`, that has it, else its module."""
     if isinstance(value, ModuleType):
         package, _, last = value.__name__.rpartition(".")
         if not package:
             return f"import {last}" if last == name else f"import {last} as {name}"
         return f"from {package} import {last}" if last == name else f"from {package} import {last} as {name}"
     where = getattr(value, "__module__", "builtins")
-    public = next((p for p in _parents(where) if getattr(importlib.import_module(p), name, None) is value), where)
+    doors = (*_parents(where), door)
+    public = next((p for p in doors if getattr(importlib.import_module(p), name, None) is value), where)
     return f"from {public} import {name}"
 
 

@@ -1,4 +1,4 @@
-"""Claims of papers, re-run: one module a paper, run by `pondera reproduce KEY`."""
+"""Claims of papers, re-run: one module a paper in the folder of its room, run by `pondera reproduce KEY`."""
 
 from pondera.replications._claims import (
     Claim,
@@ -13,6 +13,7 @@ from pondera.replications._claims import (
     keys,
     not_shown,
     reproduce,
+    room,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "keys",
     "not_shown",
     "reproduce",
+    "room",
 ]

@@ -1,8 +1,9 @@
 """How a paper's claims are stated, run and judged.
 
-A replication is one module named after the paper's key (dashes as underscores) with functions marked `@claim`. Each
-takes a `Lab` and returns a `Finding`: `judge(condition, **measured)` where the criterion was met or not, `not_shown` where
-it could not be put to the test here. The criterion is written in the decorator before the run and never bent after it.
+A replication is one module in the folder of the paper's room, named after its key (dashes as underscores), with functions
+marked `@claim`. Each takes a `Lab` and returns a `Finding`: `judge(condition, **measured)` where the criterion was met or
+not, `not_shown` where it could not be put to the test here. The criterion is written in the decorator before the run and
+never bent after it.
 """
 
 import importlib
@@ -10,15 +11,17 @@ import json
 import math
 import os
 import pkgutil
-import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from pondera._files import write_atomically
+from pondera._versions import versions
 from pondera.errors import BadInput, nearest
 
 Verdict = Literal["holds", "fails", "not shown here"]
@@ -160,26 +163,46 @@ class Lab:
         self.saved.append(path.name)
 
 
-def keys() -> list[str]:
-    """Keys of all papers with a replication."""
+@cache
+def _rooms() -> dict[str, str]:
+    """Key to room, as the modules lie in folders; none is imported."""
     import pondera.replications as package
 
-    return sorted(
-        m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")
-    )
+    found: dict[str, str] = {}
+    for room in pkgutil.iter_modules(package.__path__):
+        if room.ispkg:
+            inside = pkgutil.iter_modules([str(Path(folder) / room.name) for folder in package.__path__])
+            found |= {m.name.replace("_", "-"): room.name for m in inside if not m.name.startswith("_")}
+    return found
+
+
+def keys() -> list[str]:
+    """Keys of all papers with a replication."""
+    return sorted(_rooms())
+
+
+def room(key: str) -> str:
+    """The room whose folder holds a replication and its evidence.
+
+    Raises: BadInput: if no replication has this key.
+
+    >>> room("lsuv")
+    'init'
+    """
+    known = _rooms()
+    if key not in known:
+        raise BadInput(f"no replication named {key!r}{nearest(key, sorted(known))}")
+    return known[key]
 
 
 def claims(key: str) -> list[Claim]:
     """The claims of one paper, in the order they are written."""
-    known = keys()
-    if key not in known:
-        raise BadInput(f"no replication named {key!r}{nearest(key, known)}")
-    module = importlib.import_module(f"pondera.replications.{key.replace('-', '_')}")
+    module = importlib.import_module(f"pondera.replications.{room(key)}.{key.replace('-', '_')}")
     return [v for v in vars(module).values() if isinstance(v, Claim)]
 
 
 def evidence_folder() -> Path:
-    """Where evidence lies: the repository's `evidence/` in a checkout, the packaged copy elsewhere."""
+    """Where evidence lies, a folder a room: the repository's `evidence/` in a checkout, the packaged copy elsewhere."""
     package = Path(__file__).resolve().parents[1]
     packaged = package / "_evidence"
     return packaged if packaged.is_dir() else package.parents[1] / "evidence"
@@ -187,7 +210,9 @@ def evidence_folder() -> Path:
 
 def evidence(key: str) -> dict[str, Any] | None:
     """The recorded evidence of one paper, or None."""
-    path = evidence_folder() / f"{key}.json"
+    if key not in _rooms():
+        return None
+    path = evidence_folder() / room(key) / f"{key}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
@@ -207,7 +232,8 @@ def reproduce(
         budgets: which claims to run; the others keep the record they have in `out`.
         only: names of the claims to run, whatever their budgets; all of these budgets if none is named.
         n_seeds: repeats for stochastic claims, at least 5.
-        out: folder to merge the evidence into (``KEY.json`` and figures), written atomically; None writes nothing.
+        out: folder to merge the evidence into (``ROOM/KEY.json`` and figures beside it), written atomically; the room's
+            folder is made where it is missing. None writes nothing.
         said: called with one line before each claim.
     Raises: BadInput: for an unknown key, budget or claim, or fewer than 5 seeds.
     """
@@ -223,7 +249,10 @@ def reproduce(
         raise BadInput(f"a replication needs at least 5 seeds, got {n_seeds}")
     if out is not None and not out.is_dir():
         raise BadInput(f"the evidence folder {out} does not exist")
-    path = out / f"{key}.json" if out else None
+    folder = out / room(key) if out else None
+    if folder:
+        folder.mkdir(exist_ok=True)
+    path = folder / f"{key}.json" if folder else None
     old = json.loads(path.read_text(encoding="utf-8"))["claims"] if path and path.is_file() else []
     kept = {c["name"]: c for c in old}
     records, ran = [], []
@@ -233,7 +262,7 @@ def reproduce(
                 records.append(kept[one.name])
             continue
         said(f"{key}: {one.text} [{one.budget}]")
-        lab = Lab(key, n_seeds, out)
+        lab = Lab(key, n_seeds, folder)
         torch.manual_seed(0)
         began = time.perf_counter()
         finding = one.run(lab)
@@ -245,23 +274,6 @@ def reproduce(
     if path:
         write_atomically(path, json.dumps({"key": key, "claims": records}, indent=1, ensure_ascii=False) + "\n")
     return {"key": key, "claims": ran}
-
-
-def versions() -> dict[str, str]:
-    """Versions a result may depend on."""
-    from pondera import __version__
-
-    return {"pondera": __version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside and rename: a reader finds the old file or the new one, never half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

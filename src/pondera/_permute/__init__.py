@@ -1,0 +1,28 @@
+"""Permutations of hidden units, for every room that needs them: what they are, what they do to a state, how to find them.
+
+Imports point one way: `labels` below `rules`, both and `spec` below `trace`.
+"""
+
+from pondera._permute.spec import (
+    Permutations,
+    PermutationSpec,
+    Place,
+    State,
+    apply_permutation,
+    identities,
+    random_permutations,
+    reorder,
+)
+from pondera._permute.trace import trace_permutations
+
+__all__ = [
+    "PermutationSpec",
+    "Permutations",
+    "Place",
+    "State",
+    "apply_permutation",
+    "identities",
+    "random_permutations",
+    "reorder",
+    "trace_permutations",
+]

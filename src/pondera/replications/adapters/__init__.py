@@ -1,0 +1,1 @@
+"""Adapters: the papers' claims, re-run."""

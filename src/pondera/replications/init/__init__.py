@@ -1,0 +1,1 @@
+"""Where weights start: the papers' claims, re-run."""

@@ -1,0 +1,1 @@
+"""The lab put to its own test."""

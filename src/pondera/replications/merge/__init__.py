@@ -1,0 +1,1 @@
+"""Several models made one: the papers' claims, re-run."""

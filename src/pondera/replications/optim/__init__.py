@@ -1,0 +1,1 @@
+"""How weights move: the papers' claims, re-run."""

@@ -1,0 +1,1 @@
+"""How weights are held: the papers' claims, re-run."""

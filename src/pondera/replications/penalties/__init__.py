@@ -1,0 +1,1 @@
+"""What pulls on weights: the papers' claims, re-run."""

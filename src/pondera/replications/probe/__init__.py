@@ -1,0 +1,1 @@
+"""How networks are looked at: the papers' claims, re-run."""
