@@ -47,13 +47,25 @@ def main() -> None:
 def section(module: Any, rows: list[dict[str, Any]]) -> str:
     """One benchmark's part of the results: what it is, on what, and the table."""
     about = " ".join((module.__doc__ or "").split("\n\n")[0].split())
-    on = f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+    on = f"{os.cpu_count()} cores of {cpu()}, Python {platform.python_version()}, torch {torch.__version__}"
     heads = ("what", "ours", "peer", "ours, s", "peer, s", "ratio", "note")
     lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
     for r in rows:
         cells = (r["name"], r["ours"], r["peer"], f"{r['seconds_ours']:.4g}", f"{r['seconds_peer']:.4g}")
         lines.append(" | ".join((*cells, f"{r['ratio']:.3f}", r["note"])))
     return f"{about}\n\nOn {on}.\n\n" + "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def cpu() -> str:
+    """The processor's name, and whether it has native bfloat16, on which some ratios hang."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    name = facts.get("model name", platform.machine())
+    native = {"avx512_bf16", "amx_bf16", "bf16"} & set((facts.get("flags") or facts.get("Features") or "").split())
+    return f"{name} ({'with' if native else 'without'} native bfloat16)"
 
 
 def record(path: Path, name: str, text: str) -> None:

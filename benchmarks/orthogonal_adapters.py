@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pondera.replications.oftv2 import BLOCK, peak_bytes, seconds, step
+from pondera.replications.adapters.oftv2 import BLOCK, peak_bytes, seconds, step
 
 WIDTHS, TOKENS, REPEATS = (256, 512, 1024, 2048), (64, 512, 2048), 5
 

@@ -45,7 +45,7 @@ def child(what: str) -> None:
 
         lsuv_(model, batch, generator=torch.Generator().manual_seed(0))
     else:
-        from pondera.lab import inspect
+        from pondera.doctor import inspect
 
         inspect(model, batch)
     seconds = time.perf_counter() - began

@@ -20,8 +20,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn import functional as F
 
-from pondera.merge._permutation import PermutationSpec
-from pondera.merge._trace import trace_permutations
+from pondera._permute import PermutationSpec, trace_permutations
 from pondera.merge.weight_matching import weight_matching
 
 REPEATS, MAX_ITER, SEED = 3, 100, 0

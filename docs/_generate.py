@@ -321,10 +321,13 @@ def _auto(path: str, value: Any) -> str:
 
 def _pictures(to: Path) -> dict[Path, Path]:
     """Figures of the evidence, by where they go; only those a page shows."""
+    from pondera.replications import room
     from pondera.replications._claims import evidence_folder
 
-    shown = {name for p in catalogue() for r in replicated(p.key) for name in r.get("figures", [])}
-    return {to / name: evidence_folder() / name for name in sorted(shown) if re.fullmatch(r"[\w.-]+", name)}
+    shown = {(p.key, name) for p in catalogue() for r in replicated(p.key) for name in r.get("figures", [])}
+    return {
+        to / name: evidence_folder() / room(key) / name for key, name in sorted(shown) if re.fullmatch(r"[\w.-]+", name)
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train the text-conditioned diffusion base of `pondera.lab.glyphs` (about an hour on one core).
+"""Train the text-conditioned diffusion base of `pondera.customize.glyphs` (about an hour on one core).
 
 Resumes from its checkpoint where there is one, and says at the end how often the judges find what a prompt asked for:
 
@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from pondera.lab.glyphs import GlyphPipeline, base, draw, judges, prompt, sample_prompt, sample_scene
-from pondera.lab.glyphs._pipeline import BASE, NOISE, UNET, text_model, token_states
+from pondera.customize.glyphs import GlyphPipeline, base, draw, judges, prompt, sample_prompt, sample_scene
+from pondera.customize.glyphs._pipeline import BASE, NOISE, UNET, text_model, token_states
 
 UNCONDITIONAL = 0.1  # share of prompts replaced by the empty one, for classifier-free guidance
 AVERAGE = 0.999  # decay of the running mean of the weights

@@ -1,4 +1,4 @@
-"""Train the judge of `pondera.lab.glyphs` on drawn images, and say how often it is right on others (a few minutes).
+"""Train the judge of `pondera.customize.glyphs` on drawn images, and say how often it is right on others (a few minutes).
 
 python scripts/train_glyph_judge.py
 """
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Generator
 from torch.nn import functional as F
 
-from pondera.lab.glyphs._judge import QUESTIONS, WEIGHTS, Judge, judged_images, spoil
+from pondera.customize.glyphs._judge import QUESTIONS, WEIGHTS, Judge, judged_images, spoil
 
 
 def main() -> None:

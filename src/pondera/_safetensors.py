@@ -1,7 +1,9 @@
 """Models in safetensors files: read a stretch of a tensor at a time, written so that they appear whole or not at all."""
 
 import json
+import ntpath
 import os
+import posixpath
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -89,7 +91,9 @@ class FileModel:
     def _of_index(self, path: Path, who: str) -> dict[str, Entry]:
         try:
             self.index = json.loads(path.read_text(encoding="utf-8"))
-            files = {str(name): path.parent / file for name, file in self.index["weight_map"].items()}
+            files = {str(name): _beside(path, file, who) for name, file in self.index["weight_map"].items()}
+        except BadInput:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{who} cannot read {path} as an index of safetensors files: {_words(error)}") from None
         shards = {file: _entries(file, who) for file in sorted(set(files.values()))}
@@ -98,6 +102,18 @@ class FileModel:
                 raise BadInput(f"{who} misses {name} in {file}, where {path.name} says it is")
         self.metadata = next((metadata for _, metadata in shards.values()), {})
         return {name: shards[file][0][name] for name, file in files.items()}
+
+
+def _beside(index: Path, file: str, who: str) -> Path:
+    """Where the shard lies that an index names. An index comes from elsewhere, and may not point at files of this machine.
+
+    Links are followed, as the cache of Hugging Face's hub is made of them, but only after `..` is taken out of the name.
+    """
+    for system in (posixpath, ntpath):  # a name is judged as either system reads it
+        plain = system.normpath(file)
+        if system.splitdrive(plain)[0] or plain.split(system.sep)[0] in ("", ".."):
+            raise BadInput(f"{who} refuses {index}, which names a file outside its folder: {file!r}")
+    return index.parent / os.path.normpath(file)
 
 
 def _in_folder(folder: Path, who: str) -> Path:

@@ -7,7 +7,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pondera.replications.pissa import nf4
+from pondera.replications.adapters.pissa import nf4
 
 R = 3
 

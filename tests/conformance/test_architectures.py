@@ -82,7 +82,7 @@ def test_the_table_in_the_docs_is_what_is_measured():
 
 @pytest.mark.parametrize("which", a.ARCHITECTURES)
 def test_inspect_speaks_of_every_weight_that_runs(which):
-    from pondera.lab import inspect
+    from pondera.doctor import inspect
 
     model, batch = a.make(which)
     before = copy.deepcopy(model.state_dict())

@@ -265,7 +265,7 @@ def test_settings_in_the_guide_are_those_of_the_lab() -> None:
     from pondera.lab import Settings
 
     text = (DOCS / "guide" / "own-task.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", text.partition("## Settings")[2], flags=re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+|\(.*?\)) \|", text.partition("## Settings")[2], flags=re.MULTILINE))
     expected = {k: f.default for k, f in Settings.__dataclass_fields__.items() if k != "rates"}
     assert rows == {k: f'`"{v}"`' if isinstance(v, str) else str(v) for k, v in expected.items()}
 

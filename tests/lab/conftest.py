@@ -11,11 +11,6 @@ RECIPES = ["init=xavier_normal", "optim=Adam", "init=orthogonal+optim=SGD(moment
 
 
 @pytest.fixture
-def tiny():
-    return TINY
-
-
-@pytest.fixture
 def command(tmp_path):
     """Start `pondera compare` on the tiny task as a user would; returns the process."""
 

@@ -8,7 +8,8 @@ import torch
 
 from pondera.errors import BadInput
 from pondera.lab import Recipe, compare, load_task
-from pondera.lab._compare import Plan, _kept, halving
+from pondera.lab.plan import Design, kept, ranked
+from pondera.lab.space import Point
 from pondera.lab.stats import difference, interval
 from pondera.lab.task import batches
 from pondera.lab.train import RunSpec, prepare, run, schedule, stream
@@ -63,12 +64,11 @@ def test_worse_and_better():
 # -- tuning ------------------------------------------------------------------------------------------------------------
 
 
-def test_halving_keeps_the_best_third_and_drops_failures():
-    rates = [1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0]
-    values = [(0.2, 0.0), (0.9, -1.0), (0.9, -0.5), (0.5, 0.0), None, None]
-    assert halving(rates, values) == [1e-2, 1e-1]
-    assert halving(rates, [None] * 6) == []
-    assert [_kept(n) for n in (1, 2, 3, 4, 9)] == [1, 1, 1, 2, 3]
+def test_best_third_goes_on_and_ties_go_to_the_lower_validation_loss():
+    values = [(0.2, -0.1), (0.9, -1.0), (0.9, -0.5), (0.5, -0.1), None, None]
+    assert ranked(values) == [2, 1, 3, 0]
+    assert ranked([None] * 6) == []
+    assert [kept(n) for n in (1, 2, 3, 4, 9)] == [1, 1, 1, 2, 3]
 
 
 def test_tuning_finds_the_planted_rate(tmp_path):
@@ -82,7 +82,9 @@ def test_tuning_finds_the_planted_rate(tmp_path):
     assert table.rows[0].rate == 1.0
     assert not table.rows[0].edge
     assert max(table.rows[0].scores) == 0
-    assert compare(path, [""], rates=[0.001, 0.01], seeds=2, **QUICK).rows[0].edge
+    # from 0.01 the space is extended twice, as far as it goes, and ends where it still improves: at an end in both units
+    short = compare(path, [""], rates=[0.0001, 0.001], seeds=2, **QUICK).rows[0]
+    assert (short.edge, [p.rate for p in short.chosen]) == (2, [0.1, 0.1])
 
 
 def test_tuning_never_sees_test(tmp_path):
@@ -150,17 +152,24 @@ def test_run_leaves_thread_count_and_is_repeatable(tiny):
 
 def test_key_depends_on_everything_that_matters(tiny):
     task = load_task(tiny)
-    plan = Plan(task, Recipe(), range(3), 24, (0.1,), "cpu", 1)
-    base = plan.spec(0.1, 0, 24, "final")
-    others = [plan.spec(0.2, 0, 24, "final"), plan.spec(0.1, 1, 24, "final"), plan.spec(0.1, 0, 12, "final")]
-    others += [
-        plan.spec(0.1, 0, 24, "tune"),
-        Plan(task, Recipe(init="orthogonal"), range(3), 24, (0.1,), "cpu", 1).spec(0.1, 0, 24, "final"),
+
+    def spec(recipe="", rate=0.1, seed=0, phase="final", **more):
+        design = Design(task, (Recipe.parse(recipe),), range(3), 24, (0.1,), 1, **more)
+        return design.spec(design.recipes[0], Point(rate), seed, phase)
+
+    base = spec()
+    others = [
+        spec(rate=0.2),
+        spec(seed=1),
+        spec(phase="tuned"),
+        spec(phase="rung"),
+        spec("init=orthogonal"),
+        spec(depends="x"),
     ]
     changed = load_task(tiny).source + "\n# changed"
     others.append(RunSpec(task.name, task.path, changed, Recipe(), 0.1, 0, 24, 24, "final"))
     assert len({s.key for s in [base, *others]}) == len(others) + 1
-    assert plan.spec(0.1, 0, 24, "final").key == base.key
+    assert spec().key == base.key
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -180,7 +189,8 @@ def test_second_time_everything_is_found(tiny, tmp_path):
     more = compare(tiny, ["", "optim=Adam"], seeds=3, **QUICK | {"store": store})
     assert (first.repeated, again.repeated, again.runs) == (0, again.runs, first.runs)
     assert again.table() == first.table()
-    assert more.runs - more.repeated == 2
+    assert [r.scores[:2] for r in more.rows] == [r.scores for r in first.rows]
+    assert more.repeated == first.runs
 
 
 def test_seeds_are_shared_and_salt_only_moves_the_weights(tiny):
@@ -232,7 +242,7 @@ def test_failures_are_rows_and_the_rest_goes_on(tmp_path):
     for row, words in ((bad, "raised: RuntimeError: planted"), (greedy, "memory: RuntimeError"), (explode, "diverged: training loss became"), (die, "killed: its process died 2 times")):  # fmt: skip
         assert len(row.failed) == 2
         assert all(words in why for why in row.failed.values()), row.failed
-        assert row.verdict == "failed in 2 of 2 runs"
+        assert row.verdict == "failed in 2 of 2 units"
         assert all(math.isnan(s) for s in row.scores)
 
 
@@ -284,7 +294,10 @@ BAD_TASKS = {
     "no build": (dict(build="return 1"), "build\\(\\) of the task mine must return an nn.Module, got int"),
     "raises": (dict(build="raise KeyError('lost')"), "build\\(\\) of the task mine raised KeyError: 'lost'"),
     "data raises": (dict(data="1/0"), "data\\(\\) of the task mine raised ZeroDivisionError"),
-    "no pair": (dict(data="return torch.ones(3)"), "must return \\(train, test\\), got Tensor"),
+    "no pair": (
+        dict(data="return torch.ones(3)"),
+        "must return \\(train, test\\) or \\(train, validation, test\\), got Tensor",
+    ),
     "nan": (
         dict(data="x = torch.ones(9, 4); x[2, 1] = torch.nan; y = torch.ones(9).long(); return (x, y), (x, y)"),
         "train data of the task mine holds 1 NaN or infinite numbers of 36",

@@ -1,14 +1,17 @@
 """Killed at random points and started again: the same table, nothing finished repeated, the store always readable."""
 
+import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from pondera.lab.store import Store
 
 from .conftest import table_of
+from .test_execute import descendants, gone
 
 pytestmark = pytest.mark.slow
 
@@ -47,21 +50,45 @@ def test_ten_kills_leave_the_same_table(command, tmp_path):
     assert set(counts.values()) == {1}, "a finished run was carried out again"
 
 
-def test_workers_end_with_their_parent(command, tmp_path):
-    import os
-
+def test_workers_end_with_their_parent(command):
     process = command("--workers", "2", pause=0.05)
-    children = []
-    for _ in range(200):
-        time.sleep(0.1)
-        children = [int(p) for p in os.popen(f"pgrep -P {process.pid}").read().split()]
-        if len(children) >= 2:
+    for _ in range(600):
+        below = descendants(process.pid)
+        if len(below) >= 4:  # the server that forks workers, its helper, two workers
             break
-    assert len(children) >= 2
+        time.sleep(0.1)
+    assert len(below) >= 4
     process.kill()
     process.communicate()
-    for _ in range(100):
-        if not any(os.path.exists(f"/proc/{c}") for c in children):
+    assert gone(below)
+
+
+def test_a_worker_that_is_killed_costs_nothing(command, tmp_path):
+    """Workers are killed from outside, one after the other: their runs are tried again, and the table is the same."""
+    undisturbed = table_of(command("--workers", "1", store=tmp_path / "calm.db"))
+    process = command("--workers", "2", store=tmp_path / "killed.db", pause=0.05)
+    kept, kills, seen = None, 0, 0
+    for _ in range(2400):
+        if process.poll() is not None or kills == 4:
             break
-        time.sleep(0.1)
-    assert not any(os.path.exists(f"/proc/{c}") for c in children)
+        time.sleep(0.05)
+        if kept is None and (tmp_path / "killed.db").exists():
+            kept = Store(tmp_path / "killed.db")
+        workers = [p for p in descendants(process.pid) if forked(p)]
+        done = len(kept.executions()) if kept else 0
+        if workers and done >= seen + 3:  # never the same run twice: that one would be a result
+            os.kill(workers[kills % len(workers)], signal.SIGKILL)
+            kills, seen = kills + 1, done
+    assert kills >= 2
+    assert table_of(process) == undisturbed
+    assert set(kept.executions().values()) == {1}
+    kept.close()
+
+
+def forked(pid):
+    """Whether a process is one that the server of processes forked (and not the server itself)."""
+    try:
+        parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return all("forkserver" in Path(f"/proc/{p}/cmdline").read_text() for p in (pid, parent))
+    except (OSError, IndexError):
+        return False

@@ -6,8 +6,11 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+
+from pondera.lab.store import Store
 
 from .conftest import table_of
 
@@ -90,20 +93,78 @@ def end(process, how=signal.SIGTERM):
     process.wait()
 
 
-def test_same_table_on_a_cluster(cluster, command, tmp_path):
+def raylet_below(process):
+    """The number of the raylet, a node's own process, that one `ray start` began."""
+    for entry in Path("/proc").iterdir():
+        try:
+            group = int((entry / "stat").read_text().rpartition(")")[2].split()[2])
+            name = (entry / "cmdline").read_text().split("\0")[0]
+        except (OSError, ValueError, IndexError):
+            continue
+        if group == process.pid and name.endswith("/raylet"):
+            return int(entry.name)
+    pytest.fail("the node has no raylet")
+
+
+def kill_node(process):
+    """All that one `ray start` began dies at once, as when the machine is switched off."""
+    end(process, signal.SIGKILL)
+
+
+def kill_raylet(process):
+    """Only the node's own process dies; what it had begun finds out by itself."""
+    os.kill(raylet_below(process), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kill", [kill_node, kill_raylet])
+def test_same_table_on_a_cluster_that_loses_a_node(cluster, command, tmp_path, kill):
     address, workers = cluster
     local = table_of(command("--workers", "1", store=tmp_path / "local.db"))
-    assert table_of(command("--ray", address, store=tmp_path / "ray.db")) == local
+    if kill is kill_node:
+        assert table_of(command("--ray", address, store=tmp_path / "ray.db")) == local
     disturbed = command("--ray", address, store=tmp_path / "disturbed.db", pause=0.03)
-    from pondera.lab.store import Store
-
-    for _ in range(600):
+    for _ in range(1200):
         time.sleep(0.1)
-        if (tmp_path / "disturbed.db").exists() and len(Store(tmp_path / "disturbed.db").executions()) >= 6:
+        if (tmp_path / "disturbed.db").exists() and finished(tmp_path / "disturbed.db") >= 6:
             break
     assert disturbed.poll() is None, "it finished before the kill"
-    end(workers[0], signal.SIGKILL)
+    kill(workers[0])
     assert table_of(disturbed) == local
+    kept = Store(tmp_path / "disturbed.db")
+    assert set(kept.executions().values()) == {1}
+    kept.close()
+
+
+def finished(path):
+    kept = Store(path)
+    try:
+        return len(kept.executions())
+    finally:
+        kept.close()
+
+
+def test_how_a_run_may_end_on_a_cluster(cluster, tmp_path):
+    """In a process of its own, as one process has one cluster."""
+    address, _ = cluster
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, time, tests.lab.naps as naps\n"
+        "from tests.lab.naps import Nap\n"
+        "from pondera.lab.execute import executor\n"
+        f"hands = executor(1, ray={address!r}, threads=1, device='cpu', work=naps.work, timeout=8.0)\n"
+        "runs = [Nap('slow', 'time.sleep(600)'), Nap('raises', '1 / 0'), Nap('dies', 'os._exit(9)')]\n"
+        "runs += [Nap(str(i), 'time.sleep(3)') for i in range(6)]\n"
+        "for key, end in sorted(naps.carry_out(hands, runs, 200).items()): print(key, end['status'], end.get('reason'))\n"
+    )
+    root = str(Path(__file__).parents[2])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([root, *sys.path]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.strip().splitlines()
+    assert lines[:6] == [f"{i} ok None" for i in range(6)], done.stdout
+    assert lines[6] == "dies killed lost on the cluster: WorkerCrashedError"
+    assert lines[7] == "raises raised ZeroDivisionError: division by zero"
+    assert lines[8] == "slow timeout took longer than 8 s"
 
 
 def test_no_cluster_is_one_sentence(command):

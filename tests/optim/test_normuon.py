@@ -145,7 +145,7 @@ def test_bad_input_is_one_sentence(bad, words):
 
 def test_the_replications_baseline_is_torchs_muon():
     muon = pytest.importorskip("torch.optim._muon").Muon
-    from pondera.replications.normuon import Muon
+    from pondera.replications.optim.normuon import Muon
 
     gradients = [waves(24, 16, t) for t in range(5)]
     baseline = moved(lambda p: Muon(p, lr=1e-3), (24, 16), gradients)

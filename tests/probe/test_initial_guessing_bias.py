@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pondera.errors import BadInput
-from pondera.probe.initial_guessing_bias import GuessingLaw, guesses, initial_guessing_bias, pair_mean, predicted_bias
+from pondera.probe.initial_guessing_bias import GuessingLaw, guesses, initial_guessing_bias, predicted_bias
 
 # -- counting ----------------------------------------------------------------------------------------------------------
 
@@ -123,20 +123,6 @@ def test_relu_agrees_with_the_authors():
     assert predicted_bias("relu", 8).gamma[1:].tolist() == pytest.approx(AUTHORS, rel=1e-10)
     law = predicted_bias("relu", 5, weight_variance=1.5, bias_variance=0.1)
     assert law.gamma.tolist() == pytest.approx(AUTHORS_WITH_BIAS, rel=1e-10)
-
-
-@pytest.mark.parametrize("c", [0.0, 0.3, 0.9, 0.9999])
-def test_relu_pairs_by_the_arc_cosine_kernel(c):
-    by_hand = ((1 - c * c) ** 0.5 + c * (math.pi - math.acos(c))) / (2 * math.pi)  # Cho and Saul 2009, degree 1
-    assert pair_mean(torch.relu, 1.0, c) == pytest.approx(by_hand, rel=1e-11)
-    assert pair_mean(torch.relu, 4.0, c) == pytest.approx(4 * by_hand, rel=1e-11)
-
-
-@pytest.mark.parametrize("c", [0.0, 0.5, 0.99])
-def test_erf_pairs_by_the_arc_sine_kernel(c):
-    q = 1.7
-    by_hand = 2 / math.pi * math.asin(2 * q * c / (1 + 2 * q))  # Williams 1997
-    assert pair_mean(torch.erf, q, c) == pytest.approx(by_hand, abs=1e-12)
 
 
 def test_odd_activations_have_no_bias_and_relu_more_with_depth():

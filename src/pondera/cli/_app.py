@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pondera.cli._customize import customize
+from pondera.cli._judge import judge
 from pondera.cli._merge import merge
 from pondera.errors import BadInput, nearest
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     help="One home for the weights of neural networks and of data.",
 )
 app.command()(customize)
+app.command()(judge)
 app.add_typer(merge, name="merge")
 out = Console(width=None if sys.stdout.isatty() else 160)  # a pipe or a file is not 80 columns wide
 
@@ -36,9 +38,16 @@ def main() -> None:
     except BadInput as error:
         print(f"pondera: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("pondera: stopped; finished runs are kept, the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+
+
+@contextlib.contextmanager
+def _until_stopped() -> Iterator[None]:
+    """Ctrl-C as one sentence (typer would swallow it) and exit status 130."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        print(f"pondera: {stopped or 'stopped'}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 # -- the catalogue ----------------------------------------------------------------------------------------------------
@@ -114,7 +123,8 @@ def compare(
     task: Annotated[
         str,
         typer.Argument(
-            help="A built-in task (digits, mnist, deep, code, photo, audio, graph, shift, minilm, gpt) or a task file's path."
+            help="A built-in task (digits, mnist, deep, code, photo, audio, graph, shift, minilm, gpt, wine, cancer, noisy) or a task "
+            "file's path."
         ),
     ],
     recipes: Annotated[
@@ -127,11 +137,23 @@ def compare(
     adapter: Annotated[list[str] | None, typer.Option(help="Also compare this adapter; repeatable.")] = None,
     penalty: Annotated[list[str] | None, typer.Option(help="Also compare this penalty; repeatable.")] = None,
     optim: Annotated[list[str] | None, typer.Option(help="Also compare this optimizer; repeatable.")] = None,
-    seeds: Annotated[int, typer.Option(help="Fresh repeats of each recipe.")] = 5,
+    seeds: Annotated[int, typer.Option(help="Units of each recipe, every one tuned for itself.")] = 5,
+    until_decided: Annotated[
+        bool, typer.Option("--until-decided", help="Add seeds until each verdict is in; false calls stay at 5% in all.")
+    ] = False,
+    max_seeds: Annotated[int, typer.Option(help="With --until-decided: the most seeds.")] = 30,
     budget: Annotated[int | None, typer.Option(help="Steps of one run; the task's by default.")] = None,
-    rates: Annotated[str | None, typer.Option(help="Learning rates to tune over: 0.001,0.01,0.1.")] = None,
+    rates: Annotated[
+        str | None, typer.Option(help="Learning rates to tune over: 0.001,0.01,0.1; one alone: nothing is tuned.")
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="Points a unit tries, the same for every recipe; one a rate by default.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what it would take, and start nothing.")] = False,
     workers: Annotated[int | None, typer.Option(help="Local processes; one a core by default.")] = None,
     store: Annotated[str, typer.Option(help="File of finished runs, or a database URL.")] = "pondera.db",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Repeat runs that the store holds.")] = False,
+    run_timeout: Annotated[float | None, typer.Option(help="Seconds after which one run is given up.")] = None,
     ray: Annotated[str | None, typer.Option(help='Address of a running Ray cluster, or "auto".')] = None,
     device: Annotated[str, typer.Option(help="Where the models live: cpu, cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads of one run.")] = 1,
@@ -141,14 +163,14 @@ def compare(
 ) -> None:
     """Compare choices about weights on a task: tuned alike, repeated, with honest differences to the baseline.
 
-    The baseline is the task as built; name others by options or as recipes. Kill it at any moment: the same command
-    goes on from where it was.
+    The baseline is the task as built; name others by options or as recipes. An argument can be searched along with the
+    rate: "optim=AdamW(weight_decay=log(1e-3,1))". Kill it at any moment: the same command goes on from where it was.
     """
-    from pondera.lab import Recipe
+    from pondera.lab import Recipe, plan_of
     from pondera.lab import compare as run
 
     if report is not None:
-        from pondera.lab.report import check_path
+        from pondera.report import check_path
 
         check_path(report)
     given = ["", *(recipes or [])]
@@ -166,19 +188,32 @@ def compare(
             'compare needs something to compare with the task as built: a recipe such as "init=lsuv", or --init lsuv'
         )
     grid = None if rates is None else _numbers(rates)
-    with contextlib.redirect_stdout(sys.stderr):  # what libraries say on the way is not the result
+    if plan:
+        with contextlib.redirect_stdout(sys.stderr):
+            design, costs = plan_of(
+                task, [Recipe.parse(g) for g in given], seeds=seeds, budget=budget, rates=grid, trials=trials,
+                until_decided=until_decided, max_seeds=max_seeds, device=device, threads=threads,
+            )  # fmt: skip
+        _print_plan(design, costs, workers)
+        return
+    with _until_stopped(), contextlib.redirect_stdout(sys.stderr):  # what libraries say on the way is not the result
         table = run(
             task,
             [Recipe.parse(g) for g in given],
             seeds=seeds,
             budget=budget,
             rates=grid,
+            trials=trials,
+            until_decided=until_decided,
+            max_seeds=max_seeds,
             workers=workers,
             store=store,
+            fresh=fresh,
             ray=ray,
             device=device,
             threads=threads,
-            progress=not quiet and sys.stderr.isatty(),
+            run_timeout=run_timeout,
+            progress=not quiet,
         )
     if report is not None:
         table.report(report)
@@ -206,14 +241,15 @@ def inspect(
 
     Then every start that fits is tried on this model for a few steps, and they are ranked by what they did.
     """
-    from pondera.lab import Recipe, load_task, rank_starts
-    from pondera.lab import inspect as look
+    from pondera.doctor import inspect as look
+    from pondera.doctor import rank_starts
+    from pondera.lab import Recipe, load_task
     from pondera.lab.train import START_BATCH, prepare
 
     if not (seconds >= 0 and math.isfinite(seconds)):
         raise BadInput(f"--seconds must be at least 0, got {seconds}")
     if report is not None:
-        from pondera.lab.report import check_path
+        from pondera.report import check_path
 
         check_path(report)
     if init is not None:
@@ -290,19 +326,19 @@ def reproduce(
         typer.Option(help="This claim of one paper alone, whatever its budget; repeatable.", show_default=False),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Repeats of stochastic claims, at least 5.")] = 5,
-    save: Annotated[Path | None, typer.Option(help="Folder to record evidence in.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Folder to record evidence in, by room.")] = None,
 ) -> None:
     """Re-run the claims of papers here, and say which hold."""
     from pondera import replications
-    from pondera.papers import catalogue, paper
+    from pondera.papers import catalogue
 
     known = replications.keys()
     chosen = list(keys or [])
     if room is not None:
-        rooms = {p.room for p in catalogue()}
+        rooms = {p.room for p in catalogue()} | {replications.room(k) for k in known}
         if room not in rooms:
             raise BadInput(f"no room is called {room!r}{nearest(room, rooms)} (rooms: {', '.join(sorted(rooms))})")
-        chosen += [k for k in known if k not in ("calibration",) and paper(k).room == room]
+        chosen += [k for k in known if replications.room(k) == room]
     if everything:
         chosen += known
     if not chosen:
@@ -337,27 +373,70 @@ def reproduce(
 
 
 def _print_comparison(c: Any) -> None:
+    from pondera.lab.results import undecided
+
     title = f"{c.task.name}: {c.task.settings.score}, {c.seeds} seeds, {c.steps} steps a run"
     table = Table("recipe", "rate", "score [95%]", "difference to the first", "verdict", "ms/step", title=title)
     for r in c.rows:
         mean, low, high = r.score
         d = r.difference
         colour = {"better": "green", "worse": "red"}.get(r.verdict, "red" if r.failed else "default")
+        edge = f", at an end in {r.edge} of {len(r.scores)}" if r.edge and not r.failed else ""
         table.add_row(
-            escape(r.name),
-            _number(r.rate, ".1e") + ("*" if r.edge else ""),
+            escape(r.name if str(r.setting) == str(r.recipe) else f"{r.name} -> {r.setting}"),
+            _number(r.rate, ".1e"),
             f"{_number(mean)} \\[{_number(low)}, {_number(high)}]",
             f"{d.mean:+.4f} \\[{d.low:+.4f}, {d.high:+.4f}]" if d else "",
-            f"[{colour}]{r.verdict}[/{colour}]",
+            f"[{colour}]{r.verdict}{edge}[/{colour}]",
             _number(1e3 * r.step_seconds, ".2f"),
         )
     out.print(table)
-    if any(r.edge for r in c.rows):
-        out.print("* the best rate lies at the end of the grid; a wider --rates may do better")
     for r in c.rows:
+        if could := undecided(r.difference):
+            out.print(f"{escape(r.name)}: {could}")
         for why in sorted(set(r.failed.values())):
             out.print(f"{escape(r.name)}: {escape(why)}")
+        if r.lost and not r.failed:
+            told = ", ".join(f"{n} {why}" for why, n in r.lost.items())
+            out.print(f"{escape(r.name)}: trials that did not finish: {told}")
+    if any(r.edge for r in c.rows):
+        out.print("at an end: the best point still lies at an end of its space after it was extended")
+    if c.repeatable is False:
+        out.print("the task is not deterministic: the same run carried out twice gave two results")
+    if c.looks:
+        out.print(
+            f"looked at after {', '.join(map(str, c.looks))} seeds, as far as it went; 5% of error over all looks"
+        )
+    elif not c.tuned:
+        out.print(f"nothing was tuned: verdicts are at the rate {c.rates[0]:g}")
     out.print(f"{c.runs} runs, {c.repeated} of them found in the store; {c.seconds:.0f} s")
+
+
+def _print_plan(design: Any, costs: Any, workers: int | None) -> None:
+    import os
+
+    hands = workers or os.cpu_count() or 1
+    table = Table(
+        "recipe", "runs of a quarter", "to the end", "at most", "ms/step", "time", "at most", title="what it takes"
+    )
+    for k in costs:
+        table.add_row(
+            escape(k.recipe), str(k.short), str(k.whole), str(k.most), _number(1e3 * k.step_seconds, ".2f"),
+            _duration(k.hours), _duration(k.most_hours),
+        )  # fmt: skip
+    out.print(table)
+    hours, most = (sum(getattr(k, which) for k in costs) for which in ("hours", "most_hours"))
+    out.print(
+        f"{design.trials} points a unit; rates {', '.join(f'{r:.2g}' for r in design.rates)}; {design.steps} steps a run"
+    )
+    out.print(
+        f"{sum(k.short + k.whole for k in costs)} runs, {_duration(hours)} of one process, at most {_duration(most)}; with "
+        f"{hands} workers about {_duration(hours / hands)}; nothing was started"
+    )
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 2 else f"{60 * hours:.1f} min" if hours >= 1 / 30 else f"{3600 * hours:.0f} s"
 
 
 def _number(x: float, how: str = ".4f") -> str:

@@ -44,10 +44,10 @@ def customize(
 ) -> None:
     """Teach a diffusion model one concept from one image, by T-LoRA.
 
-    Leaves an adapter that `pondera.lab.load_customized` puts back on the pipeline, LoRA weights that every diffusers
+    Leaves an adapter that `pondera.customize.load_customized` puts back on the pipeline, LoRA weights that every diffusers
     pipeline loads, and a grid of samples. Stopped at any moment, the same command goes on from its last checkpoint.
     """
-    from pondera.lab import customize as run
+    from pondera.customize import customize as run
 
     if demo:
         _demo(out, image, base, seed, quiet)
@@ -67,9 +67,9 @@ def _demo(out: Path, image: list[Path] | None, base: Path | None, seed: int, qui
     import torch
     from PIL import Image
 
-    from pondera.lab import customize as run
-    from pondera.lab import glyphs
-    from pondera.lab._denoisers import square
+    from pondera.customize import customize as run
+    from pondera.customize import glyphs
+    from pondera.customize._denoisers import square
 
     if image or base:
         raise BadInput("--demo brings its own image and base; leave --image and --base out")

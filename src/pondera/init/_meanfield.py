@@ -9,9 +9,7 @@ The edge, chi = 1 at a fixed point q = F(q), needs no nested solve when it is wa
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -19,7 +17,6 @@ from torch import Tensor
 from pondera._activations import Activation, activation, derivative
 from pondera.errors import BadInput
 from pondera.linalg import gaussian_mean
-from pondera.linalg.gauss import half_line
 
 GRID = torch.logspace(-10, 3, 521, dtype=torch.float64)  # values of q among which a point of the curve is first sought
 TINY = 1e-24  # a q at which only the slopes at zero count: sqrt(q) is 1e-12
@@ -75,30 +72,6 @@ def mean_square_slope(phi: Activation, q: Float[Tensor, "*shape"]) -> Float[Tens
 def growth(phi: Activation, q: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """d/dq E[phi(sqrt(q) Z)^2], so that F'(q) is sigma_w^2 times it."""
     return gaussian_mean(lambda x: phi(x) * derivative(phi, x) * x, q.sqrt()) / q
-
-
-def covariance(phi: Activation, q: float, c: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """E[phi(U) phi(V)] for U, V ~ N(0, q) of correlation c.
-
-    In polar coordinates U = sqrt(q) r cos(t), V = sqrt(q) r cos(t - a), c = cos(a): both change sign only at four
-    angles, so Gauss-Legendre between them is exact to rounding also where phi has a kink at zero (derived).
-    """
-    r, w = half_line(100)
-    w = w * r * (2 * torch.pi) ** 0.5  # density of the radius
-    unit, share = _unit_interval(48)
-    a = torch.arccos(c.double().clamp(-1, 1)).unsqueeze(-1)
-    t = torch.cat([a * unit - torch.pi / 2, a - torch.pi / 2 + (torch.pi - a) * unit], -1)
-    angle = torch.cat([a * share, (torch.pi - a) * share], -1) / (2 * torch.pi)
-    at_u, at_v = (q**0.5 * torch.cos(s).unsqueeze(-1) * r for s in (t, t - a))
-    both_signs = phi(at_u) * phi(at_v) + phi(-at_u) * phi(-at_v)
-    return (both_signs @ w * angle).sum(-1)
-
-
-@lru_cache(maxsize=1)
-def _unit_interval(nodes: int) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre nodes and weights on (0, 1)."""
-    x, w = np.polynomial.legendre.leggauss(nodes)
-    return torch.from_numpy(x + 1) / 2, torch.from_numpy(w) / 2
 
 
 def edge(phi: Activation, q: Float[Tensor, "*shape"]) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,15 +11,8 @@ from torch import Generator, Tensor, nn
 from pondera._activations import Activation, activation_of
 from pondera._weights import require_owned, start_each
 from pondera.errors import BadInput
-from pondera.init._meanfield import (
-    EdgePoint,
-    covariance,
-    critical_point,
-    edge_point,
-    elementwise,
-    is_homogeneous,
-    mean_square,
-)
+from pondera.init._meanfield import EdgePoint, critical_point, edge_point, elementwise, is_homogeneous, mean_square
+from pondera.linalg import gaussian_pair_mean
 
 Target = TypeVar("Target", Tensor, nn.Module)
 Map = Callable[[float | Tensor], Tensor]
@@ -132,7 +125,7 @@ def correlation_map(nonlinearity: str | Activation, sigma_w: float, sigma_b: flo
         c = torch.as_tensor(c, dtype=torch.float64)
         if not (c.abs() <= 1 + 1e-9).all():  # rounding may carry an iterate just past 1
             raise BadInput("a correlation map needs c between -1 and 1, got one that is not")
-        return (sigma_b**2 + sigma_w**2 * covariance(phi, q, c)) / q
+        return (sigma_b**2 + sigma_w**2 * gaussian_pair_mean(phi, c, q**0.5)) / q
 
     return f
 

@@ -1,4 +1,4 @@
-"""The lab: compare choices about weights on a task, fairly; look at a model before training it; customise one.
+"""The lab: compare choices about weights on a task, fairly.
 
 >>> from pondera.lab import Recipe
 >>> Recipe(init="lsuv", optim="NorMuon").name
@@ -12,46 +12,40 @@ from pondera.lab.recipe import Recipe
 from pondera.lab.task import Settings, Task, built_in, load_task
 
 if TYPE_CHECKING:
-    from pondera.lab._compare import Comparison, Row, compare
-    from pondera.lab._customize import Customized, customize, load_base, load_customized
-    from pondera.lab._inspect import Inspection, inspect
-    from pondera.lab._rank import Ranking, rank_starts
+    from pondera.lab._compare import Cost, Stopped, compare, plan_of
+    from pondera.lab._judge import judge
+    from pondera.lab.judgement import Judgement
+    from pondera.lab.results import Comparison, Row
     from pondera.lab.stats import Difference, difference
 
 _LATER = {  # heavier parts, loaded when used
-    "Comparison": "_compare",
-    "Row": "_compare",
+    "Comparison": "results",
+    "Cost": "_compare",
+    "Row": "results",
+    "Stopped": "_compare",
     "compare": "_compare",
-    "Customized": "_customize",
-    "customize": "_customize",
-    "load_base": "_customize",
-    "load_customized": "_customize",
-    "Inspection": "_inspect",
-    "inspect": "_inspect",
-    "Ranking": "_rank",
-    "rank_starts": "_rank",
+    "plan_of": "_compare",
     "Difference": "stats",
+    "Judgement": "judgement",
+    "judge": "_judge",
     "difference": "stats",
 }
 __all__ = [
     "Comparison",
-    "Customized",
+    "Cost",
     "Difference",
-    "Inspection",
-    "Ranking",
+    "Judgement",
     "Recipe",
     "Row",
     "Settings",
+    "Stopped",
     "Task",
     "built_in",
     "compare",
-    "customize",
     "difference",
-    "inspect",
-    "load_base",
-    "load_customized",
+    "judge",
     "load_task",
-    "rank_starts",
+    "plan_of",
 ]
 
 

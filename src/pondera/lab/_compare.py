@@ -1,122 +1,42 @@
-"""compare: each recipe tuned alike, repeated over shared seeds, and an honest word on which differences are real."""
+"""compare: each unit tuned for itself, repeated over shared seeds, and an honest word on which differences are real."""
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from pondera._losses import check_fit
+from pondera._versions import versions
 from pondera.errors import BadInput
 from pondera.lab.execute import Executor, executor
+from pondera.lab.plan import TRIALS, Block, Design, Plan, Unit
 from pondera.lab.recipe import Recipe, as_recipe
-from pondera.lab.stats import Difference, difference, interval
-from pondera.lab.store import LEASE, Store
-from pondera.lab.task import Task, _one_line, check_fit, load_task
-from pondera.lab.train import RunSpec, prepare
+from pondera.lab.results import Comparison, Row
+from pondera.lab.space import grid, points
+from pondera.lab.stats import LEVEL, NONE, STEPS_SHARE, Difference, difference, family, nominal_level
+from pondera.lab.store import Store
+from pondera.lab.task import Task, _one_line, load_task
+from pondera.lab.train import prepare, run, stream
 
-RUNG = 0.25  # share of the steps after which hopeless rates are dropped
-KEEP = 1 / 3  # share of the rates that go on
-TUNE_SEED = 1_000_000  # seeds of tuning runs start here, so that final seeds are fresh
-TUNE_SEEDS = 2
+MOST = 1_000_000  # seeds
+SAID = 30.0  # seconds between lines of progress where there is no terminal
 
-
-@dataclass(frozen=True)
-class Row:
-    """What came of one recipe.
-
-    spec: the recipe as given. name: in tables. rate: the tuned learning rate (nan when none finished). edge: the best
-    rate lies at the end of the grid. scores: test score a seed, nan where the run failed. failed: seed -> reason.
-    difference: to the baseline over the seeds where both finished (None for the baseline itself or fewer than two).
-    at_equal_time: the same difference with both stopped at the baseline's seconds, or the recipe's if fewer.
-    tuning: (rate, validation score after a quarter, at the end) with nan where it failed or was dropped.
-    curves: a seed, a list of (step, seconds, score, train loss).
-    """
-
-    spec: str
-    name: str
-    recipe: Recipe
-    rate: float
-    edge: bool
-    scores: list[float]
-    failed: dict[int, str]
-    difference: Difference | None
-    at_equal_time: Difference | None
-    step_seconds: float
-    start_seconds: float
-    parameters: int
-    tuning: list[tuple[float, float, float]]
-    curves: list[list[list[float]]]
-    signal: list[dict[str, Any]]
-    baseline: bool = False
-
-    @property
-    def finished(self) -> list[float]:
-        return [s for s in self.scores if math.isfinite(s)]
-
-    @property
-    def score(self) -> tuple[float, float, float]:
-        """Mean test score over the finished seeds with its 95% interval."""
-        return interval(self.finished) if self.finished else (math.nan, math.nan, math.nan)
-
-    @property
-    def verdict(self) -> str:
-        """One of "baseline", "better", "worse", "no difference shown", or "failed in k of n runs"."""
-        if self.failed:
-            return f"failed in {len(self.failed)} of {len(self.scores)} runs"
-        if self.baseline:
-            return "baseline"
-        return self.difference.verdict if self.difference else "too few seeds to say"
+Say = Callable[[int, int, str], None]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The result of `compare`: rows in the order given, the baseline first."""
+class Stopped(KeyboardInterrupt):
+    """A comparison stopped by hand: how many of its runs are finished and kept, of how many known."""
 
-    task: Task
-    rows: list[Row]
-    seeds: int
-    steps: int
-    rates: tuple[float, ...]
-    runs: int
-    repeated: int
-    seconds: float
-    versions: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def ok(self) -> bool:
-        """Whether every recipe finished all its seeds."""
-        return not any(r.failed for r in self.rows)
-
-    def __getitem__(self, name: str) -> Row:
-        return next(r for r in self.rows if name in (r.spec, r.name))
-
-    def table(self, *, timing: bool = True) -> list[dict[str, Any]]:
-        """One dict a row; without `timing` it holds nothing that depends on the clock, so equal runs give equal tables."""
-        rows = []
-        for r in self.rows:
-            mean, low, high = r.score
-            d = r.difference
-            row: dict[str, Any] = {"recipe": r.name, "rate": r.rate, "score": mean, "low": low, "high": high}
-            row |= {"difference": d.mean if d else None, "difference_low": d.low if d else None}
-            row |= {"difference_high": d.high if d else None, "standardised": d.standardised if d else None}
-            row |= {"verdict": r.verdict, "scores": r.scores, "failed": r.failed}
-            if timing:
-                row |= {"step_seconds": r.step_seconds, "start_seconds": r.start_seconds}
-                e = r.at_equal_time
-                row |= {"equal_time_difference": e.mean if e else None, "equal_time_verdict": e.verdict if e else None}
-            rows.append(row)
-        return rows
-
-    def report(self, path: str | Path) -> Path:
-        """Write the report, one HTML file that opens offline; atomically."""
-        from pondera.lab.report import write
-
-        return write(self, path)
+    def __init__(self, kept: int, known: int):
+        super().__init__(f"stopped: {kept} of {known} runs are finished and kept; the same command goes on from there")
 
 
 def compare(
@@ -127,34 +47,46 @@ def compare(
     first_seed: int = 0,
     budget: int | None = None,
     rates: Sequence[float] | None = None,
+    trials: int | None = None,
+    until_decided: bool = False,
+    max_seeds: int = 30,
     workers: int | None = None,
     store: str | Path = "pondera.db",
+    fresh: bool = False,
     ray: str | None = None,
     device: str = "cpu",
     threads: int = 1,
-    progress: bool | Callable[[int, int, str], None] = True,
+    run_timeout: float | None = None,
+    progress: bool | Say = True,
 ) -> Comparison:
-    """Compare recipes on a task, fairly: equal budget, equal tuning, shared fresh seeds, paired intervals.
+    """Compare recipes on a task, fairly: equal steps, equal trials, everything drawn anew for every seed, the tuning too.
 
-    Every recipe's learning rate is tuned on the same grid: all rates run for a quarter of the steps on two tuning seeds,
-    the best third goes on to the end, and the best mean validation score wins. Then fresh seeds, the same for all
-    recipes, train on all training data and are scored on test. Differences to the first recipe are paired over seeds,
-    their intervals hold at 95% over all recipes at once (Bonferroni).
+    A unit is a recipe at a seed, tuned for itself: all points of its grid (and of whatever else the recipe searches) run
+    for a quarter of the steps, the best third by validation to the end, and the one that validates best there gives
+    the unit's test score. Seeds are shared: recipes see the same split and order of the data. Differences to the first
+    recipe are paired over units; their verdicts are wrong in at most 5% of tables, whatever the number of seeds.
+    With one rate and nothing searched, every unit is one run on all training data: a verdict at this rate.
 
     Args:
         task: a built-in task's name, the path of a task file, or an imported module.
         recipes: the choices; the first is the baseline. When it is not "" (the task as built), give "" first to have it.
-        seeds: fresh repeats of each recipe, at least 1 (intervals need 2, and mean something from 5).
+        seeds: units of each recipe, at least 1 (intervals need 2, and mean something from 5).
         first_seed: where the seeds begin; another one repeats the whole comparison, tuning included, on new draws.
         budget: optimisation steps of one run; None takes the task's.
-        rates: the grid of learning rates; None takes the task's.
+        rates: the grid of learning rates; None takes the task's. Extended by itself where the best lies at an end.
+        trials: points a unit tries, the same for every recipe whatever it searches; None takes one a rate (9 where there
+            is one rate and a recipe searches something).
+        until_decided: add seeds (to 8, 12, 18, ...) for the recipes without a verdict, up to `max_seeds`; the chance
+            of a false call stays 5% over all looks.
         workers: local processes; None takes one a core. 1 runs in this process.
-        store: file of finished runs, or a database URL; ``"sqlite://"`` keeps nothing.
+        store: file of finished runs, or a database URL; ``"sqlite://"`` keeps nothing. fresh: repeat what it holds.
         ray: address of a running Ray cluster ("auto" for the one started here) instead of local processes.
         device: where the models live. threads: torch threads of one run (results may differ in the last digit).
-        progress: show bars; or a function called with (done, known so far, words).
-    Returns: a Comparison. A run that diverges, raises or dies is a row marked so.
-    Raises: BadInput: for anything that could not work, before a run is started.
+        run_timeout: seconds after which a run is stopped and counts as lost.
+        progress: show bars, or lines where there is no terminal; or a function called with (done, known so far, words).
+    Returns: a Comparison. A unit of which no trial finishes is marked failed; a diverged rate is a trial that lost.
+    Raises: BadInput: for anything that could not work, before a run is started. Stopped: on Ctrl-C; what is finished is
+        kept.
 
     >>> c = compare("digits", ["", "optim=SGD"], seeds=2, budget=20, rates=[0.01], store="sqlite://", workers=1, progress=False)
     >>> [r.name for r in c.rows]
@@ -164,228 +96,123 @@ def compare(
     task = load_task(task)
     chosen = [as_recipe(r) for r in recipes]
     given = [str(r) if not isinstance(r, str) else r for r in recipes]
-    plans = _checked_plans(task, chosen, range(first_seed, first_seed + seeds), budget, rates, device, threads)
+    design = _design(task, chosen, range(first_seed, first_seed + seeds), budget, rates, trials, device, threads)
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise BadInput(f"workers must be at least 1, got {workers}")
-    _preflight(task, plans)
-    kept = Store(store)
-    hands: Executor | None = None
+    if run_timeout is not None and not run_timeout > 0:
+        raise BadInput(f"run_timeout must be above 0 seconds, got {run_timeout}")
+    if until_decided and (seeds < 2 or max_seeds < seeds):
+        raise BadInput(
+            f"until_decided needs at least 2 seeds to begin with and max_seeds no fewer, got {seeds} and {max_seeds}"
+        )
+    _preflight(task, design)
+    hash_, depends = task.depends()
+    design = replace(design, depends=hash_)
+    plan = Plan(design, max_seeds if until_decided else None)
+    if until_decided:
+        plan.decide = lambda blocks: _undecided(blocks, plan)
+    kept = Store(store, fresh=fresh)
+    hands = _Hands(lambda: executor(workers, ray=ray, threads=threads, device=device, timeout=run_timeout))
+    say = _reporter(progress, task, plan)
+    new = 0
     try:
-        hands = executor(workers, ray=ray, threads=threads, device=device)
-        results, fresh = _carry_out(plans, kept, hands, _reporter(progress, task, plans))
+        new = _carry_out(plan, kept, hands, say)
+    except KeyboardInterrupt:
+        raise Stopped(len(plan.results), plan.expected) from None
     finally:
-        if hands is not None:
-            hands.close()
+        say(1, 1, "done")
+        hands.close()
         kept.release()
         kept.close()
-    rows = _rows(plans, given, results)
-    from pondera.replications._claims import versions
-
-    p = plans[0]
-    done = len({s.key for q in plans for s in q.specs(results)})
-    return Comparison(task, rows, seeds, p.steps, p.rates, done, done - fresh, time.perf_counter() - began, versions())
-
-
-# -- the plan: a pure function of what is finished, so that any order of work and any restart lead to the same table --
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The runs one recipe needs, given the results so far."""
-
-    task: Task
-    recipe: Recipe
-    seeds: range
-    steps: int
-    rates: tuple[float, ...]
-    device: str
-    threads: int
-
-    def spec(self, rate: float, seed: int, stop: int, phase: str, signal: bool = False) -> RunSpec:
-        t = self.task
-        return RunSpec(
-            t.name, t.path, t.source, self.recipe, rate, seed, self.steps, stop, phase, self.threads, self.device, signal
-        )  # fmt: skip
-
-    @property
-    def rung(self) -> int:
-        return max(1, math.ceil(RUNG * self.steps))
-
-    def trials(self, rates: Sequence[float], stop: int) -> list[RunSpec]:
-        return [
-            self.spec(r, TUNE_SEED + TUNE_SEEDS * self.seeds.start + s, stop, "tune")
-            for r in rates
-            for s in range(TUNE_SEEDS)
-        ]
-
-    def finals(self, rate: float) -> list[RunSpec]:
-        return [self.spec(rate, s, self.steps, "final", signal=s == self.seeds.start) for s in self.seeds]
-
-    def stages(self, results: dict[str, dict[str, Any]]) -> tuple[list[list[RunSpec]], "Tuning | None"]:
-        """The stages known so far, each waiting for the one before; and the tuning once its first rung is finished."""
-        if len(self.rates) == 1:
-            return [self.finals(self.rates[0])], Tuning(self.rates, [], [], self.rates[0])
-        first = self.trials(self.rates, self.rung)
-        if not all(s.key in results for s in first):
-            return [first], None
-        early = [_mean_score([results[s.key] for s in self.trials([r], self.rung)]) for r in self.rates]
-        alive = halving(self.rates, early)
-        second = self.trials(alive, self.steps)
-        if not all(s.key in results for s in second):
-            return [first, second], None
-        late = [
-            _mean_score([results[s.key] for s in self.trials([r], self.steps)]) if r in alive else None
-            for r in self.rates
-        ]
-        finished = {r: v for r, v in zip(self.rates, late) if v}
-        best = max(finished, key=lambda r: finished[r], default=None)
-        tuning = Tuning(self.rates, early, late, best)
-        return [first, second] + ([self.finals(best)] if best is not None else []), tuning
-
-    def missing(self, results: dict[str, dict[str, Any]]) -> list[RunSpec]:
-        return [s for s in self.stages(results)[0][-1] if s.key not in results]
-
-    def specs(self, results: dict[str, dict[str, Any]]) -> list[RunSpec]:
-        return [s for stage in self.stages(results)[0] for s in stage]
-
-    @property
-    def expected(self) -> int:
-        """Runs in all when nothing fails."""
-        if len(self.rates) == 1:
-            return len(self.seeds)
-        return TUNE_SEEDS * (len(self.rates) + _kept(len(self.rates))) + len(self.seeds)
-
-
-Value = tuple[float, float]  # mean validation score, then minus the training loss to break ties
-
-
-@dataclass(frozen=True)
-class Tuning:
-    rates: tuple[float, ...]
-    early: "list[Value | None]"
-    late: "list[Value | None]"
-    best: float | None
-
-
-def halving(rates: Sequence[float], values: "Sequence[Value | None]") -> list[float]:
-    """The rates that go on after the first rung: an Optuna study over the grid, pruned once all have reported.
-
-    Synchronous on purpose: an asynchronous pruner's choice would depend on which run finished first, and the same
-    command would give another table on another number of workers.
-
-    >>> halving([0.1, 0.2, 0.3], [(0.5, 0.0), (0.9, 0.0), None])
-    [0.2]
-    """
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    order = sorted((v for v in values if v is not None), reverse=True)[: _kept(len(rates))]
-
-    class Pruner(optuna.pruners.BasePruner):
-        def prune(self, study: Any, trial: Any) -> bool:
-            return trial.user_attrs["value"] not in order
-
-    study = optuna.create_study(
-        direction="maximize", pruner=Pruner(), sampler=optuna.samplers.GridSampler({"lr": list(rates)}, seed=0)
-    )
-    alive = []
-    for rate, value in zip(rates, values):
-        study.enqueue_trial({"lr": rate})
-        trial = study.ask({"lr": optuna.distributions.FloatDistribution(min(rates), max(rates))})
-        trial.set_user_attr("value", value)
-        if value is None:
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            continue
-        trial.report(value[0], step=1)
-        if trial.should_prune():
-            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        else:
-            study.tell(trial, value[0])
-            alive.append(rate)
-    return alive
-
-
-def _kept(n: int) -> int:
-    return max(1, math.ceil(KEEP * n))
-
-
-def _mean_score(results: Sequence[dict[str, Any]]) -> Value | None:
-    """Mean over tuning seeds, or None when a run failed."""
-    if any(r["status"] != "ok" for r in results):
-        return None
-    n = len(results)
-    return math.fsum(r["score"] for r in results) / n, -math.fsum(r["train_loss"] for r in results) / n
+    rows = _rows(plan, given)
+    return Comparison(
+        task, rows, len(plan.blocks), design.steps, design.rates, len(plan.results), len(plan.results) - new,
+        time.perf_counter() - began, versions(), design.trials, depends, plan.repeatable,
+        plan.stops if until_decided else (), design.tuned,
+    )  # fmt: skip
 
 
 # -- carrying it out ------------------------------------------------------------------------------------------------
 
 
-def _carry_out(
-    plans: Sequence[Plan], kept: Store, hands: Executor, say: Callable[[int, int, str], None]
-) -> tuple[dict[str, dict[str, Any]], int]:
-    """Run what is missing until every plan is complete; results by key, and how many of them were run here."""
-    results: dict[str, dict[str, Any]] = {}
+class _Hands:
+    """An executor that begins with the first run: a table that is found in the store starts no process."""
+
+    def __init__(self, begin: Callable[[], Executor]):
+        self._begin = begin
+        self._held: Executor | None = None
+
+    @property
+    def held(self) -> Executor:
+        if self._held is None:
+            self._held = self._begin()
+        return self._held
+
+    def close(self) -> None:
+        if self._held is not None:
+            self._held.close()
+
+
+def _carry_out(plan: Plan, kept: Store, hands: _Hands, say: Say) -> int:
+    """Run what is missing until the plan is complete; how many runs were carried out here."""
+    waiting: dict[str, Any] = {}  # wanted, not started, in the order they came up
+    elsewhere: dict[str, Any] = {}  # claimed by others
     flying: set[str] = set()
-    known: set[str] = set()
-    fresh, beaten = 0, time.monotonic()
+    new, asked = 0, 0.0
     while True:
-        missing = {s.key: s for p in plans for s in p.missing(results)}
-        new = [k for k in missing if k not in known]
-        if new or not flying:
-            results |= kept.results(missing)  # finished earlier, or by a comparison that shares the store
-            known |= set(missing)
-            missing = {s.key: s for p in plans for s in p.missing(results)}
-            if any(k not in known for k in missing):
-                continue
-        if not missing:
-            break
-        others = False
-        for key, spec in missing.items():
-            if not hands.free:
-                break
-            if key not in flying:
-                if kept.claim(spec):
-                    flying.add(key)
-                    hands.submit(spec)
-                else:
-                    others = True
-        say(sum(len([s for s in p.specs(results) if s.key in results]) for p in plans),
-            sum(p.expected for p in plans), _words(plans, results))  # fmt: skip
-        if flying or not others:
-            for spec, result in hands.wait(0.5):
+        fresh = plan.fresh()
+        if fresh:
+            found = kept.results([s.key for s in fresh])  # finished earlier, or by a comparison that shares the store
+            waiting |= {s.key: s for s in fresh if s.key not in found}
+            for key, result in found.items():
+                plan.tell(key, result)
+            continue
+        if plan.done:
+            return new
+        while waiting and hands.held.free:
+            key, spec = next(iter(waiting.items()))
+            del waiting[key]
+            if kept.claim(spec):
+                flying.add(key)
+                hands.held.submit(spec)
+            else:
+                elsewhere[key] = spec
+        say(len(plan.results), plan.expected, _words(plan))
+        if flying:
+            for spec, result in hands.held.wait(0.5):
                 kept.finish(spec, result)
-                results[spec.key] = result
                 flying.discard(spec.key)
-                fresh += 1
-        else:
+                plan.tell(spec.key, result)
+                new += 1
+        elif elsewhere:
             time.sleep(0.2)  # everything left is in other hands
-        if others:
-            results |= kept.results(k for k in missing if k not in flying)
-        if time.monotonic() - beaten > LEASE / 6:
-            kept.beat()
-            beaten = time.monotonic()
-    say(1, 1, "done")
-    return results, fresh
+        if elsewhere and time.monotonic() - asked > 0.5:
+            asked = time.monotonic()
+            found = kept.results(elsewhere)
+            for key, result in found.items():
+                del elsewhere[key]
+                plan.tell(key, result)
+            waiting |= elsewhere  # whoever had them may be gone: they are claimed again when there is room
+            elsewhere = {}
 
 
-def _words(plans: Sequence[Plan], results: dict[str, dict[str, Any]]) -> str:
-    for p in plans:
-        stages, _ = p.stages(results)
-        left = sum(s.key not in results for s in stages[-1])
-        if left:
-            doing = "fresh seeds" if stages[-1][0].phase == "final" else f"tuning, rung {len(stages)}"
-            return f"{p.recipe.name}: {doing}, {left} runs left"
-    return "finishing"
+def _words(plan: Plan) -> str:
+    open_ = next((u for b in plan.blocks for u in b.units if u.stage != "done"), None)
+    if open_ is None:
+        return "finishing"
+    doing = {"rung": "first cut", "whole": "to the end"}[open_.stage] if plan.design.tuned else "training"
+    return f"seed {open_.seed}, {open_.recipe.name}: {doing}"
 
 
-def _reporter(
-    progress: bool | Callable[[int, int, str], None], task: Task, plans: Sequence[Plan]
-) -> Callable[[int, int, str], None]:
+def _reporter(progress: bool | Say, task: Task, plan: Plan) -> Say:
     if callable(progress):
         return progress
     if not progress:
         return lambda done, known, words: None
+    if not sys.stderr.isatty():
+        return _lines(task)
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -398,13 +225,13 @@ def _reporter(
     bars = Progress(
         TextColumn("{task.fields[title]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(), TextColumn("{task.fields[words]}"), transient=False, refresh_per_second=4,
+        console=Console(stderr=True),
     )  # fmt: skip
-    one = bars.add_task("", total=sum(p.expected for p in plans), title=f"compare {task.name}", words="")
+    one = bars.add_task("", total=plan.expected, title=f"compare {task.name}", words="")
     bars.start()
 
     def say(done: int, known: int, words: str) -> None:
         if words == "done":
-            bars.update(one, completed=bars.tasks[0].total, words=words)
             bars.stop()
         else:
             bars.update(one, completed=done, total=known, words=words)
@@ -412,32 +239,56 @@ def _reporter(
     return say
 
 
-# -- before: refuse what cannot work; after: rows ----------------------------------------------------------------------
+def _lines(task: Task) -> Say:
+    """A line on standard error every half minute, for logs."""
+    began = last = time.monotonic()
+    at_first: int | None = None
+
+    def say(done: int, known: int, words: str) -> None:
+        nonlocal last, at_first
+        at_first = done if at_first is None else at_first
+        now = time.monotonic()
+        if words == "done" or now - last < SAID:
+            return
+        last = now
+        speed = (done - at_first) / (now - began)
+        left = f", about {(known - done) / speed / 60:.0f} min left" if speed > 0 else ""
+        print(f"compare {task.name}: {done} of {known} runs{left} ({words})", file=sys.stderr, flush=True)
+
+    return say
 
 
-def _checked_plans(
+# -- before anything runs: refuse what cannot work, and say what it would cost -----------------------------------------
+
+
+def _design(
     task: Task,
     recipes: list[Recipe],
     seeds: range,
     budget: int | None,
     rates: Sequence[float] | None,
+    trials: int | None,
     device: str,
     threads: int,
-) -> list[Plan]:
+) -> Design:
     if not recipes:
         raise BadInput("compare needs at least one recipe, got none")
     if not seeds:
         raise BadInput(f"seeds must be at least 1, got {seeds.stop - seeds.start}")
-    if not 0 <= seeds.start <= seeds.stop < TUNE_SEED:
-        raise BadInput(f"seeds must lie between 0 and {TUNE_SEED}, got {seeds.start} to {seeds.stop}")
+    if not 0 <= seeds.start <= seeds.stop < MOST:
+        raise BadInput(f"seeds must lie between 0 and {MOST}, got {seeds.start} to {seeds.stop}")
     steps = task.settings.steps if budget is None else budget
     if steps < 1:
         raise BadInput(f"budget is optimisation steps a run, at least 1, got {budget}")
     if threads < 1:
         raise BadInput(f"threads must be at least 1, got {threads}")
-    grid = tuple(float(r) for r in (task.settings.rates if rates is None else rates))
-    if not grid or not all(math.isfinite(r) and r > 0 for r in grid):
-        raise BadInput(f"rates must be positive learning rates, at least one, got {list(grid)}")
+    given = tuple(sorted({float(r) for r in (task.settings.rates if rates is None else rates)}))
+    if not given or not all(math.isfinite(r) and r > 0 for r in given):
+        raise BadInput(f"rates must be positive learning rates, at least one, got {list(given)}")
+    if trials is not None and trials < 1:
+        raise BadInput(f"trials are points a unit tries, at least 1, got {trials}")
+    count = trials or (len(given) if len(given) > 1 else TRIALS if any(r.spaces for r in recipes) else 1)
+    along = grid(given, count)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -449,10 +300,10 @@ def _checked_plans(
         if r.name in seen.values():
             raise BadInput(f"two recipes are called {r.name!r}; give one another label")
         seen[str(r)] = r.name
-    return [Plan(task, r, seeds, steps, tuple(sorted(set(grid))), device, threads) for r in recipes]
+    return Design(task, tuple(recipes), seeds, steps, along, count, device, threads)
 
 
-def _preflight(task: Task, plans: Sequence[Plan]) -> None:
+def _preflight(task: Task, design: Design) -> None:
     """One step of each recipe on one batch: what cannot work is refused now, in one sentence, before anything runs."""
     train, test = task.split("final")
     few = tuple(t[: task.settings.batch] for t in train)
@@ -460,24 +311,26 @@ def _preflight(task: Task, plans: Sequence[Plan]) -> None:
         order = train[1].argsort()
         pick = torch.cat([order[:1], order[-1:], torch.arange(len(order))[: max(0, task.settings.batch - 2)]])
         few = tuple(t[pick] for t in train)
-    for p in plans:
-        who = f"the recipe {p.recipe.name!r}" if str(p.recipe) else f"the task {task.name}"
+    for given in design.recipes:
+        point = points(design.rates, design.trials, given.spaces, 0)[0]
+        recipe = given.at(point)
+        who = f"the recipe {given.name!r}" if str(given) else f"the task {task.name}"
         state = torch.get_rng_state()
         try:
-            model = prepare(task, p.recipe, TUNE_SEED, train)
+            model = prepare(task, recipe, MOST, train)
             if not hasattr(task.module, "loss"):
                 check_fit(model(few[0]), few[1])
             loss = task.loss(model, few)
             if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
                 got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
                 raise BadInput(f"the loss of the task {task.name} must be a scalar tensor, got {got}")
-            p.recipe.penalty_of(model)
-            p.recipe.optimizers(model, p.rates[0], task.settings.optim)
+            recipe.penalty_of(model)
+            recipe.optimizers(model, point.rate, task.settings.optim)
             loss.backward()
             model.eval()
             float(task.score(model, tuple(t[: task.settings.batch] for t in test)))
         except BadInput as error:
-            raise BadInput(f"{who} does not fit: {error}" if str(p.recipe) else str(error)) from error
+            raise BadInput(f"{who} does not fit: {error}" if str(given) else str(error)) from error
         except (MemoryError, torch.OutOfMemoryError):
             continue  # too big here is a result, marked by its runs
         except Exception as error:
@@ -486,71 +339,207 @@ def _preflight(task: Task, plans: Sequence[Plan]) -> None:
             torch.set_rng_state(state)
 
 
-def _rows(plans: Sequence[Plan], given: Sequence[str], results: dict[str, dict[str, Any]]) -> list[Row]:
-    rows: list[Row] = []
-    base: Row | None = None
-    for p, text in zip(plans, given):
-        stages, tuning = p.stages(results)
-        assert tuning is not None
-        rate = tuning.best
-        if rate is None:
-            first = next(results[s.key] for s in stages[0] if results[s.key]["status"] != "ok")
-            why = dict.fromkeys(p.seeds, f"no learning rate finished ({first['status']}: {first['reason']})")
-            ends: list[dict[str, Any]] = [{"status": "none", "curve": []}] * len(p.seeds)
-        else:
-            ends = [results[s.key] for s in stages[-1]]
-            why = {i: f"{e['status']}: {e['reason']}" for i, e in zip(p.seeds, ends) if e["status"] != "ok"}
-        fine = [e for e in ends if e["status"] == "ok"]
-        row = Row(
-            spec=text,
-            name=p.recipe.name,
-            recipe=p.recipe,
-            rate=math.nan if rate is None else rate,
-            edge=rate is not None and len(p.rates) > 1 and rate in (p.rates[0], p.rates[-1]),
-            scores=[e["score"] if e["status"] == "ok" else math.nan for e in ends],
-            failed=why,
-            difference=None,
-            at_equal_time=None,
-            step_seconds=_median([e["step_seconds"] for e in fine]),
-            start_seconds=_median([e["start_seconds"] for e in fine]),
-            parameters=fine[0]["parameters"] if fine else 0,
-            tuning=[
-                (r, a[0] if a else math.nan, b[0] if b else math.nan)
-                for r, a, b in zip(tuning.rates, tuning.early or [None] * 99, tuning.late or [None] * 99)
-            ],
-            curves=[e.get("curve", []) for e in ends],
-            signal=next((e["signal"] for e in ends if e.get("signal")), []),
-            baseline=base is None,
+@dataclass(frozen=True)
+class Cost:
+    """What a comparison would take: runs and their hours, least and most (spaces extended, seeds added), a recipe."""
+
+    recipe: str
+    short: int
+    whole: int
+    most: int
+    step_seconds: float
+    start_seconds: float
+    hours: float
+    most_hours: float
+
+
+def plan_of(
+    task: str | Path | ModuleType | Task,
+    recipes: Sequence[Recipe | str | dict[str, Any]],
+    *,
+    seeds: int = 5,
+    budget: int | None = None,
+    rates: Sequence[float] | None = None,
+    trials: int | None = None,
+    until_decided: bool = False,
+    max_seeds: int = 30,
+    device: str = "cpu",
+    threads: int = 1,
+) -> tuple[Design, list[Cost]]:
+    """What `compare` with the same arguments would run, one row a recipe; nothing is started but a few timed steps.
+
+    Returns: the design (trials, rates, steps) and the costs, hours on one process as it is now.
+    Raises: BadInput: as `compare`.
+
+    >>> design, costs = plan_of("digits", ["", "optim=SGD"], seeds=5)
+    >>> costs[0].short, costs[0].whole, costs[0].most
+    (45, 15, 70)
+    """
+    task = load_task(task)
+    design = _design(task, [as_recipe(r) for r in recipes], range(seeds), budget, rates, trials, device, threads)
+    _preflight(task, design)
+    costs = []
+    for arm, recipe in enumerate(design.recipes):
+        short, whole = design.cost(arm)
+        first = points(design.rates, design.trials, recipe.spaces, stream(0, "space"))[0]
+        steps = min(design.steps, 8)
+        timed = run(replace(design.spec(recipe, first, 0, "rung"), steps=steps, stop=steps))
+        step, start = (timed.get(k, math.nan) for k in ("step_seconds", "start_seconds"))
+        scoring = max(0.0, timed["wall"] - start - steps * step) if timed["status"] == "ok" else 0.0
+        one = short * (start + design.rung * step + scoring)
+        whole_seconds = start + design.steps * step + scoring * (1 + task.settings.evaluations)
+        count = max_seeds if until_decided else seeds
+        further = 2 if design.tuned else 0
+        costs.append(
+            Cost(
+                recipe.name, seeds * short, seeds * whole, count * (short + whole + further), step, start,
+                seeds * (one + whole * whole_seconds) / 3600, count * (one + (whole + further) * whole_seconds) / 3600,
+            )
+        )  # fmt: skip
+    return design, costs
+
+
+# -- after: rows -------------------------------------------------------------------------------------------------------
+
+
+def _rows(plan: Plan, given: Sequence[str]) -> list[Row]:
+    design, task = plan.design, plan.design.task
+    resolution = _resolution(plan)
+    rows = []
+    for arm, text in enumerate(given):
+        units = list(plan.of(arm))
+        ends = [u.result for u in units]
+        fine = [e for e in ends if e is not None]
+        rows.append(
+            Row(
+                spec=text,
+                name=design.recipes[arm].name,
+                recipe=design.recipes[arm],
+                scores=[e["score"] if e else math.nan for e in ends],
+                failed={u.seed: u.why for u, e in zip(units, ends) if e is None},
+                chosen=[u.point for u in units],
+                edge=sum(bool(u.ends) and u.best is not None for u in units),
+                difference=None,
+                at_equal_time=None,
+                step_seconds=_median([e["step_seconds"] for e in fine]),
+                start_seconds=_median([e["start_seconds"] for e in fine]),
+                parameters=fine[0]["parameters"] if fine else 0,
+                trials=[u.history() for u in units],
+                curves=[e["curve"] if e else _longest(u) for u, e in zip(units, ends)],
+                signal=next((u.signal for u in units if u.signal), []),
+                baseline=arm == 0,
+                resolution=resolution,
+                bounds=task.bounds,
+            )
         )
-        if base is None:
-            base = row
-        else:
-            row = _against(row, base, len(plans) - 1)
-        rows.append(row)
-    return rows
+    return _judged(rows, plan)
 
 
-def _against(row: Row, base: Row, comparisons: int) -> Row:
-    from dataclasses import replace
+def _judged(rows: list[Row], plan: Plan) -> list[Row]:
+    """The rows with their differences: two families, at equal steps and at equal time."""
+    base, others = rows[0], rows[1:]
+    pairs = [[_pairs(r, base) for r in others], [_timed(r, base) for r in others]]
+    shares = (STEPS_SHARE * LEVEL, (1 - STEPS_SHARE) * LEVEL)
+    more: dict[str, Any] = {"resolution": base.resolution, "bounds": base.bounds}
+    found: list[list[Difference | None]] = []
+    for these, share in zip(pairs, shares):
+        if plan.decide is None:
+            found.append(family(these, level=share, **more))
+        else:  # recipes are looked at one by one, at as many looks: the level of each is shared out (Bonferroni)
+            each = nominal_level(share / max(1, len(others)), plan.stops)
+            found.append([p and difference(*p, level=each, **more) for p in these])
+    goal = base.score[0]
+    judged = [replace(r, difference=d, at_equal_time=t) for r, d, t in zip(others, *found)]
+    return [replace(r, target=_reached(r, goal)) for r in (base, *judged)]
 
+
+def _undecided(blocks: list[Block], plan: Plan) -> list[int]:
+    """The recipes without a verdict over the units so far."""
+    others = len(plan.design.recipes) - 1
+    if not others:
+        return []
+    each = nominal_level(STEPS_SHARE * LEVEL / others, plan.stops)
+    resolution = _resolution(plan)
+
+    def scores(arm: int) -> dict[int, float]:
+        units = [u for b in blocks for u in b.units if u.arm == arm]
+        return {u.seed: u.result["score"] for u in units if u.result is not None}
+
+    base, left = scores(0), []
+    for arm in range(1, others + 1):
+        mine = scores(arm)
+        shared = [s for s in base if s in mine]
+        active = any(u.arm == arm for u in blocks[-1].units)
+        if not active:  # decided at an earlier look
+            continue
+        if len(shared) < 2:
+            left.append(arm)
+            continue
+        d = difference([mine[s] for s in shared], [base[s] for s in shared], level=each, resolution=resolution)
+        if d.verdict == NONE:
+            left.append(arm)
+    return left
+
+
+Pair = tuple[list[float], list[float]]
+
+
+def _pairs(row: Row, base: Row) -> Pair | None:
+    """Scores of the units where both finished; units are in the order of the seeds, and a recipe may have fewer."""
+    both = [i for i, (a, b) in enumerate(zip(row.scores, base.scores)) if math.isfinite(a) and math.isfinite(b)]
+    return ([row.scores[i] for i in both], [base.scores[i] for i in both]) if len(both) > 1 else None
+
+
+def _timed(row: Row, base: Row) -> Pair | None:
+    """The same at equal seconds: both read where the first of the two would be done."""
     both = [i for i, (a, b) in enumerate(zip(row.scores, base.scores)) if math.isfinite(a) and math.isfinite(b)]
     if len(both) < 2:
-        return row
-    plain = difference([row.scores[i] for i in both], [base.scores[i] for i in both], comparisons=comparisons)
-    timed = []
+        return None
+    found: list[list[float]] = []
     for i in both:
-        ends = [r.start_seconds + r.curves[i][-1][1] for r in (row, base)]
-        timed.append([_score_at(r, i, min(ends)) for r in (row, base)])
-    at_time = difference([a for a, _ in timed], [b for _, b in timed], comparisons=comparisons)
-    return replace(row, difference=plain, at_equal_time=at_time)
+        end = min(r.start_seconds + r.curves[i][-1][1] for r in (row, base))
+        found.append([_score_at(r, i, end) for r in (row, base)])
+    return [a for a, _ in found], [b for _, b in found]
 
 
-def _score_at(row: Row, seed: int, seconds: float) -> float:
+def _score_at(row: Row, unit: int, seconds: float) -> float:
     """Score of a run `seconds` after its start was begun, between the points of its curve."""
     import numpy as np
 
-    curve = row.curves[seed]
+    curve = row.curves[unit]
     return float(np.interp(seconds, [row.start_seconds + c[1] for c in curve], [c[2] for c in curve]))
+
+
+def _reached(row: Row, goal: float) -> tuple[float, float] | None:
+    """Median (steps, seconds) at which the units first reached a score, where at least half of them did."""
+    found = []
+    for curve, score in zip(row.curves, row.scores):
+        if math.isfinite(score):
+            at = next((c for c in curve if c[2] >= goal), None)
+            found.append((math.inf, math.inf) if at is None else (at[0], row.start_seconds + at[1]))
+    steps, seconds = (_median([f[i] for f in found]) for i in (0, 1))
+    return (steps, seconds) if math.isfinite(steps) and math.isfinite(seconds) else None
+
+
+def _resolution(plan: Plan) -> float:
+    """The smallest step of the score: as the task says, or as the scores tell.
+
+    Scores of which at most half are distinct are steps on a ladder, and their least distance is its step; else 0.
+    """
+    known = plan.design.task.resolution
+    if known is not None:
+        return known
+    seen = sorted(c[2] for r in plan.results.values() for c in r.get("curve", []) if math.isfinite(c[2]))
+    distinct = sorted(set(seen))
+    if len(distinct) < 2 or len(distinct) > len(seen) / 2:
+        return 0.0
+    return min(b - a for a, b in pairwise(distinct))
+
+
+def _longest(unit: Unit) -> list[list[float]]:
+    """The curve of the failed run that got furthest."""
+    found = [r.get("curve", []) for r in (*unit.early.values(), *unit.late.values())]
+    return max(found, key=len, default=[])
 
 
 def _median(x: Sequence[float]) -> float:

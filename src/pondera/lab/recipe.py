@@ -4,9 +4,10 @@ import ast
 import hashlib
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -15,9 +16,13 @@ from torch.nn.utils import parametrize as torch_parametrize
 
 from pondera._weights import require_owned
 from pondera.errors import BadInput, nearest
+from pondera.lab.fingerprint import module_sources
+from pondera.lab.space import Axis, Log, OneOf, Point, Space, Uniform, make
 
-ROOMS = ("init", "parametrize", "adapter", "penalty", "optim")
-_DOORS = {  # where a room's names are looked up, in this order
+ROOMS = ("layer", "init", "parametrize", "adapter", "compress", "penalty", "optim")
+_DOORS: dict[str, tuple[str, ...]] = {  # where a room's names are looked up, in this order
+    "layer": (),
+    "compress": (),
     "init": ("pondera.init", "torch.nn.init"),
     "parametrize": ("pondera.parametrize", "torch.nn.utils.parametrizations"),
     "adapter": ("pondera.adapters", "peft"),
@@ -25,6 +30,11 @@ _DOORS = {  # where a room's names are looked up, in this order
     "optim": ("pondera.optim", "torch.optim"),
 }
 _ENDING = {"adapter": "Config"}  # what a public name ends in besides the name a recipe gives; an underscore otherwise
+_SHARED = {  # what a recipe applies a room's methods with, whoever wrote them
+    "init": "pondera._weights",
+    "parametrize": "pondera._weights",
+    "optim": "pondera.optim._groups",
+}
 DEFAULT_FACTOR = 0.01
 
 
@@ -44,13 +54,20 @@ class Choice:
     def kwargs(self) -> dict[str, Any]:
         return dict(self.args)
 
+    @property
+    def spaces(self) -> dict[Axis, Space]:
+        """The arguments that are searched."""
+        return {(self.room, k): v for k, v in self.args if isinstance(v, (Log, Uniform, OneOf))}
+
     def resolve(self) -> Callable[..., Any]:
         """The public object the name stands for; BadInput with the nearest names when there is none."""
         return _resolve(self.room, self.name)
 
     def check(self) -> None:
         """Raise BadInput for an unknown name or an argument the method does not take."""
-        method = self.resolve()
+        method = self.resolve() if _DOORS[self.room] or ":" in self.name else None
+        if not _DOORS[self.room] or method is None:
+            raise BadInput(f"the room {self.room} has no method yet, got {self.room}={self.name}")
         try:
             known = inspect.signature(method).parameters
         except ValueError:  # a builtin without a signature: its own call will judge
@@ -83,7 +100,11 @@ class Recipe:
         optim: of `pondera.optim` or `torch.optim`; its learning rate is tuned, so it is not an argument.
         salt: shifts the draw of the weights while the data order stays; for A/A tests of the comparison itself.
         label: the name in tables; by default the choices themselves.
-    A method of your own is named ``module:object`` where Python can import it.
+        layer, compress: rooms of their own, without a method yet.
+    An argument may be searched along with the learning rate: ``"AdamW(weight_decay=log(1e-3,1))"``, ``"Lora(r=choice(4,8))"``,
+    ``"SGD(momentum=uniform(0.5,0.99))"``; every recipe of a comparison gets the same number of trials all the same.
+    A method of your own is named ``module:object`` where Python can import it. Reading such a recipe imports the module,
+    which runs its code: take none from a source you would not run code from.
     Raises: BadInput: for an unknown method (nearest names offered), a wrong argument, or text that does not parse.
 
     >>> str(Recipe(init="lsuv(tol=0.01)", optim="NorMuon"))
@@ -95,6 +116,8 @@ class Recipe:
     adapter: str | None = None
     penalty: str | None = None
     optim: str | None = None
+    layer: str | None = None
+    compress: str | None = None
     salt: int = 0
     label: str | None = None
 
@@ -135,12 +158,31 @@ class Recipe:
         return next((c for c in self.choices() if c.room == room), None)
 
     def __str__(self) -> str:
-        parts = [f"{c.room}={c}" for c in self.choices()] + ([f"salt={self.salt}"] if self.salt else [])
-        return "+".join(parts)
+        return _text(self)
 
     @property
     def name(self) -> str:
         return self.label or str(self) or "as built"
+
+    @property
+    def spaces(self) -> dict[Axis, Space]:
+        """What the recipe searches besides the learning rate.
+
+        >>> Recipe(optim="AdamW(weight_decay=log(1e-3,1))").spaces
+        {('optim', 'weight_decay'): log(0.001,1)}
+        """
+        return {axis: space for c in self.choices() for axis, space in c.spaces.items()}
+
+    def at(self, point: Point) -> "Recipe":
+        """The recipe with the values of one trial in the place of its spaces.
+
+        >>> searched = Recipe(optim="AdamW(weight_decay=log(1e-3,1))")
+        >>> str(searched.at(Point(0.1, ((("optim", "weight_decay"), 0.01),))))
+        'optim=AdamW(weight_decay=0.01)'
+        """
+        if not point.values:
+            return self
+        return _at(self, point.values)
 
     def fingerprint(self) -> str:
         """Hash of the choices and of the source of the methods chosen: a changed method is a new run."""
@@ -251,12 +293,39 @@ def parse_choice(room: str, text: str) -> Choice:
         assert isinstance(call, ast.Call)
         if call.args:
             raise BadInput(f"the arguments of {room}={name} need their names (arg=value), got {text!r}")
-        args = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        args = {str(k.arg): _value(k.value, f"{room}={name}") for k in call.keywords}
     except (SyntaxError, AssertionError, ValueError) as error:
         if isinstance(error, BadInput):
             raise
-        raise BadInput(f"the arguments in {text!r} are not Python literals (numbers, quoted text, lists)") from None
+        raise BadInput(
+            f"the arguments in {text!r} are not Python literals (numbers, quoted text, lists) or spaces (log(low,high), "
+            "uniform(low,high), choice(a,b))"
+        ) from None
     return Choice(room, name, tuple(sorted(args.items())))
+
+
+def _value(node: ast.expr, where: str) -> Any:
+    """A literal, or a space to search."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+        return make(node.func.id, [ast.literal_eval(a) for a in node.args], where)
+    return ast.literal_eval(node)
+
+
+@lru_cache(maxsize=100_000)
+def _text(recipe: Recipe) -> str:
+    parts = [f"{c.room}={c}" for c in recipe.choices()] + ([f"salt={recipe.salt}"] if recipe.salt else [])
+    return "+".join(parts)
+
+
+@lru_cache(maxsize=100_000)
+def _at(recipe: Recipe, values: tuple[tuple[Axis, Any], ...]) -> Recipe:
+    found = recipe
+    for choice in recipe.choices():
+        here = {arg: v for (room, arg), v in values if room == choice.room}
+        if here:
+            one = replace(choice, args=tuple(sorted((choice.kwargs | here).items())))
+            found = replace(found, **{choice.room: str(one)})
+    return found
 
 
 def _open(room: str, door: str) -> Any:
@@ -301,14 +370,63 @@ def _fits(room: str, public: str, value: Any) -> bool:
     return room != "parametrize" or isinstance(value, type) or inspect.isfunction(value)
 
 
+def _named(room: str, name: str) -> Callable[..., Any]:
+    """The object that ``module:object`` names. Nothing of it is called before it is known to be of the room's kind."""
+    module, _, attribute = name.partition(":")
+    if _of_python(module):  # by name: importing some of these already does something
+        raise BadInput(f"{room}={name} names a module of Python's standard library, which has no {room} method")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (Exception, SystemExit) as error:  # the module's own code has run, and may raise anything
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise BadInput(f"{room}={name} cannot be imported: {words}") from None
+    inner = found
+    while isinstance(inner, partial):
+        inner = inner.func
+    if _of_python(str(getattr(inner, "__module__", None) or "")):
+        raise BadInput(f"{room}={name} comes from Python's standard library, which has no {room} method")
+    if room == "optim":
+        fits, kind = _is_class(found, torch.optim.Optimizer), "a subclass of torch.optim.Optimizer"
+    elif room == "adapter":
+        fits, kind = _is_class(found, _open(room, "peft").PeftConfig), "a subclass of peft.PeftConfig"
+    elif room in ("init", "penalty"):
+        fits, kind = _is_function(found), "a Python function whose first parameter takes the model"
+    else:
+        fits = _is_class(found, nn.Module) or _is_function(found)
+        kind = "a subclass of nn.Module or a Python function whose first parameter takes the module"
+    if not fits:
+        sort = "class" if isinstance(found, type) else type(found).__name__
+        got = f"the {sort} {getattr(found, '__qualname__', '')}".rstrip()
+        raise BadInput(f"{room}={name} must be {kind}, got {got}")
+    return found
+
+
+def _of_python(module: str) -> bool:
+    return module.partition(".")[0] in sys.stdlib_module_names
+
+
+def _is_class(value: Any, kind: type) -> bool:
+    return isinstance(value, type) and issubclass(value, kind)
+
+
+def _is_function(value: Any) -> bool:
+    """Whether a model or tensor can be its first argument, by its signature; what has none is not written in Python."""
+    if isinstance(value, type) or not callable(value):
+        return False
+    try:
+        first = next(iter(inspect.signature(value).parameters.values()), None)
+    except (ValueError, TypeError):
+        return False
+    if first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD):
+        return False
+    wants = getattr(first.annotation, "__name__", str(first.annotation))
+    return wants not in ("str", "bytes", "int", "float", "bool", "Path", "PathLike")
+
+
 @lru_cache(maxsize=256)
 def _resolve(room: str, name: str) -> Callable[..., Any]:
     if ":" in name:
-        module_name, _, attribute = name.partition(":")
-        try:
-            return getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
-            raise BadInput(f"{room}={name} cannot be imported: {error}") from None
+        return _named(room, name)
     for door in _DOORS[room]:
         module = _open(room, door)
         public = getattr(module, "__all__", dir(module))
@@ -362,11 +480,12 @@ def _call_start(
 
 @lru_cache(maxsize=256)
 def _source_hash(room: str, name: str) -> str:
-    try:
-        source = inspect.getsource(inspect.getmodule(_resolve(room, name)))  # type: ignore[arg-type]
-    except (OSError, TypeError):
-        return ""
-    return hashlib.sha256(source.encode()).hexdigest()
+    parts = [module_sources(_resolve(room, name))]
+    if ":" in name:  # where it is named, for it may be defined elsewhere: Quick = partial(theirs, tol=0.1)
+        parts.append(module_sources(importlib.import_module(name.partition(":")[0])))
+    if room in _SHARED:
+        parts.append(module_sources(importlib.import_module(_SHARED[room])))
+    return " ".join(parts)
 
 
 def _split(text: str, mark: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import sys
 import types
 from collections.abc import Iterator
@@ -12,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from pondera._losses import default_loss
 from pondera.errors import BadInput, nearest
 
 Batch = tuple[Tensor, ...]
@@ -27,6 +28,8 @@ class Settings:
     steps: optimisation steps of one run. batch: examples a step. optim: the optimizer of recipes that choose none.
     rates: the grid every recipe's learning rate is tuned on. schedule: "cosine" (5% warm-up, cosine to zero) or "constant".
     score: the name of the score. evaluations: points of the learning curve. validation: share of train held out to tune.
+    resolution: the smallest step of a score of the task's own (1/n for a share of n); None: one example for the default
+    accuracy, else as the scores that came out tell. bounds: least and greatest possible score of the task's own.
     """
 
     steps: int = 300
@@ -37,6 +40,8 @@ class Settings:
     score: str = "accuracy"
     evaluations: int = 8
     validation: float = 0.2
+    resolution: float | None = None
+    bounds: tuple[float, float] = (-math.inf, math.inf)
 
     @classmethod
     def read(cls, given: Any, where: str) -> "Settings":
@@ -47,7 +52,7 @@ class Settings:
                 raise BadInput(
                     f"settings of the task {where} have no entry {key!r}{nearest(key, cls.__dataclass_fields__)}"
                 )
-        s = cls(**{k: tuple(v) if k == "rates" else v for k, v in given.items()})
+        s = cls(**{k: tuple(v) if k in ("rates", "bounds") else v for k, v in given.items()})
         if s.steps < 1 or s.batch < 1 or s.evaluations < 1:
             raise BadInput(f"the task {where} needs steps, batch and evaluations of at least 1")
         if not s.rates or min(s.rates) <= 0:
@@ -56,6 +61,10 @@ class Settings:
             raise BadInput(f"schedule of the task {where} is 'cosine' or 'constant', got {s.schedule!r}")
         if not 0 < s.validation < 1:
             raise BadInput(f"validation of the task {where} is a share between 0 and 1, got {s.validation}")
+        if s.resolution is not None and not s.resolution >= 0:
+            raise BadInput(f"resolution of the task {where} is a step of the score, at least 0, got {s.resolution}")
+        if len(s.bounds) != 2 or not s.bounds[0] < s.bounds[1]:
+            raise BadInput(f"bounds of the task {where} are the least and the greatest score, got {s.bounds}")
         return s
 
 
@@ -68,6 +77,7 @@ class Task:
     source: str
     settings: Settings
     module: types.ModuleType = field(repr=False, compare=False)
+    local: str = field(default="", repr=False)  # contents of the local modules it imports
 
     @property
     def fingerprint(self) -> str:
@@ -94,18 +104,62 @@ class Task:
         return model
 
     def data(self) -> tuple[Batch, Batch]:
-        """(train, test), each a tuple of tensors with examples first; checked, computed once a process."""
-        return _data_of(self.name, self.path, self.source)
+        """(train, test), each a tuple of tensors with examples first; checked, computed once a process.
 
-    def split(self, phase: str) -> tuple[Batch, Batch]:
-        """What a run fits and what it is scored on: for "tune" both come from train, for "final" they are train and test."""
-        train, test = self.data()
+        A task's own validation part, the second of three, counts with train here.
+        """
+        train, valid, test = _data_of(self.name, self.path, self.source, self.local)
+        return (train if valid is None else _joined(self.name, self.path, self.source, self.local)), test
+
+    def split(self, phase: str, seed: int = 0) -> tuple[Batch, Batch]:
+        """What a run fits and what it is judged on: for "tune" both come from train, for "final" they are train and test.
+
+        The part held out to tune by is drawn anew for every seed, and is the same for all recipes; where the task's
+        ``data()`` gives (train, validation, test), it is that validation part for every seed.
+        """
         if phase == "final":
-            return train, test
+            return self.data()
+        train, valid, _ = _data_of(self.name, self.path, self.source, self.local)
+        if valid is not None:
+            return train, valid
         n = len(train[0])
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         held = max(1, int(n * self.settings.validation))
         return tuple(t[order[held:]] for t in train), tuple(t[order[:held]] for t in train)
+
+    @property
+    def resolution(self) -> float | None:
+        """The smallest step of the test score: one example for the default accuracy, 0 for the default R^2, else as set.
+
+        None where the task scores by itself and does not say.
+        """
+        if self.settings.resolution is not None or hasattr(self.module, "score"):
+            return self.settings.resolution
+        y = self.data()[1][-1]
+        return 0.0 if y.is_floating_point() else 1 / y.numel()
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Least and greatest possible score: 0 and 1 for the default accuracy, no least for the default R^2, else as set."""
+        if hasattr(self.module, "score"):
+            return self.settings.bounds
+        return (-math.inf, 1.0) if self.data()[1][-1].is_floating_point() else (0.0, 1.0)
+
+    def depends(self) -> tuple[str, dict[str, str]]:
+        """What results depend on besides the file itself: one hash, and its parts by name for people to read."""
+        from pondera.lab.fingerprint import data_hash, imported_packages, local_sources, packages
+
+        local = local_sources(self.source, self.path)
+        used = packages(imported_packages(self.source, self.path))
+        train, valid, test = _data_of(self.name, self.path, self.source, self.local)
+        from pondera.lab.recipe import _source_hash
+
+        optim, loop = _source_hash("optim", self.settings.optim), Path(__file__).with_name("train.py").read_bytes()
+        parts = {"data (hash of the tensors)": data_hash(train, *([valid] if valid else []), test)}
+        parts |= {f"module {name}": h for name, h in sorted(local.items())}
+        parts |= dict(sorted(used.items()))
+        silent = [optim, hashlib.sha256(loop).hexdigest()]  # the usual optimizer and the lab's own loop
+        return hashlib.sha256(canonical([parts, silent]).encode()).hexdigest()[:16], parts
 
     def inputs(self, batch: Batch) -> Any:
         """What the model's forward takes: the first tensor of a batch unless the task says otherwise."""
@@ -148,31 +202,6 @@ class Task:
             ) from error
 
 
-def default_loss(out: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy for integer targets (classes on the last axis), mean squared error for floating ones."""
-    return F.mse_loss(out, y) if y.is_floating_point() else F.cross_entropy(out.flatten(0, -2), y.flatten())
-
-
-def check_fit(out: Tensor, y: Tensor) -> None:
-    """BadInput when a model's output does not fit the default loss: its shape, or classes it has no score for."""
-    if y.is_floating_point():
-        if out.shape != y.shape:
-            raise BadInput(
-                f"the model's output of shape {tuple(out.shape)} does not fit targets of shape {tuple(y.shape)}; "
-                "squared error needs the same shape"
-            )
-    elif out.ndim != y.ndim + 1 or out.shape[:-1] != y.shape:
-        raise BadInput(
-            f"the model's output of shape {tuple(out.shape)} does not fit integer targets of shape {tuple(y.shape)}; "
-            f"cross-entropy needs one score a class on one more axis, (*{tuple(y.shape)}, classes)"
-        )
-    elif int(y.max()) >= out.shape[-1] or int(y.min()) < 0:
-        classes = f"from class {int(y.min())} to {int(y.max())}"
-        raise BadInput(
-            f"the model scores {out.shape[-1]} classes, 0 to {out.shape[-1] - 1}, and the targets go {classes}"
-        )
-
-
 def built_in() -> list[str]:
     """Names of the tasks that ship with pondera."""
     return sorted(p.stem for p in (Path(__file__).parent / "tasks").glob("*.py") if not p.stem.startswith("_"))
@@ -211,39 +240,73 @@ def load_task(given: "str | Path | types.ModuleType | Task") -> Task:
     return task_from_source(path.stem, str(path.resolve()), source)
 
 
-@lru_cache(maxsize=16)
 def task_from_source(name: str, path: str, source: str) -> Task:
-    """A task from the text of its file (workers on other machines are sent the text)."""
+    """A task from the text of its file (workers on other machines are sent the text).
+
+    Modules of the user's own that it imports are those in its folder as they are now: what was loaded from another
+    folder, or before an edit, is loaded again.
+    """
+    from pondera.lab.fingerprint import local_sources
+
+    if Path(path).is_relative_to(Path(__file__).parent):
+        return _loaded(name, path, source, "")
+    local = local_sources(source, path)
+    for module, content in local.items():
+        if _CONTENT.get(module, content) != content or module not in _CONTENT:
+            sys.modules.pop(module, None)
+        _CONTENT[module] = content
+    return _loaded(name, path, source, canonical(local))
+
+
+_CONTENT: dict[str, str] = {}  # hash of each local module as a task last loaded it
+
+
+@lru_cache(maxsize=16)
+def _loaded(name: str, path: str, source: str, local: str) -> Task:
     module = types.ModuleType(f"pondera_task_{name}")
     module.__file__ = path
     folder = str(Path(path).parent)
-    if Path(folder).is_dir() and folder not in sys.path and not Path(path).is_relative_to(Path(__file__).parent):
-        sys.path.append(folder)
+    if Path(folder).is_dir() and not Path(path).is_relative_to(Path(__file__).parent):
+        if folder in sys.path:
+            sys.path.remove(folder)
+        sys.path.insert(0, folder)  # first, as for a script: its neighbours are its own
+    written = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # bytecode is known by the second and the size: an edit may have both
     try:
         exec(compile(source, path, "exec"), module.__dict__)
     except Exception as error:
         line = f" on line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise BadInput(f"the task file {path} raised {type(error).__name__}{line}: {_one_line(error)}") from error
+    finally:
+        sys.dont_write_bytecode = written
     for needed in ("build", "data"):
         if not callable(getattr(module, needed, None)):
             raise BadInput(f"the task file {path} has no function {needed}(); a task needs build() and data()")
-    return Task(name, path, source, Settings.read(getattr(module, "settings", {}), name), module)
+    return Task(name, path, source, Settings.read(getattr(module, "settings", {}), name), module, local)
 
 
 @lru_cache(maxsize=4)
-def _data_of(name: str, path: str, source: str) -> tuple[Batch, Batch]:
+def _data_of(name: str, path: str, source: str, local: str) -> tuple[Batch, Batch | None, Batch]:
+    """train, validation (None: it is split off by seed) and test."""
     task = task_from_source(name, path, source)
     given = task._call("data")
-    if not (isinstance(given, (tuple, list)) and len(given) == 2):
-        raise BadInput(f"data() of the task {name} must return (train, test), got {type(given).__name__}")
-    train, test = (
-        _as_tensors(part, f"{which} data of the task {name}") for part, which in zip(given, ("train", "test"))
-    )
-    if len(train) != len(test):
-        raise BadInput(
-            f"train and test data of the task {name} differ: {len(train)} and {len(test)} tensors an example"
-        )
-    return train, test
+    if not (isinstance(given, (tuple, list)) and len(given) in (2, 3)):
+        got = f"{len(given)} parts" if isinstance(given, (tuple, list)) else type(given).__name__
+        raise BadInput(f"data() of the task {name} must return (train, test) or (train, validation, test), got {got}")
+    called = ("train", "test") if len(given) == 2 else ("train", "validation", "test")
+    parts = [_as_tensors(part, f"{which} data of the task {name}") for part, which in zip(given, called)]
+    if len({len(p) for p in parts}) > 1:
+        counts = " and ".join(str(len(p)) for p in parts)
+        raise BadInput(f"{' and '.join(called)} data of the task {name} differ: {counts} tensors an example")
+    return parts[0], parts[1] if len(parts) == 3 else None, parts[-1]
+
+
+@lru_cache(maxsize=4)
+def _joined(name: str, path: str, source: str, local: str) -> Batch:
+    """Train and the task's own validation part as one."""
+    train, valid, _ = _data_of(name, path, source, local)
+    assert valid is not None
+    return tuple(torch.cat([a, b]) for a, b in zip(train, valid))
 
 
 def _as_tensors(part: Any, what: str) -> Batch:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from pondera.errors import BadInput
 from pondera.lab.recipe import Recipe
 from pondera.lab.task import Batch, Task, batches, canonical, task_from_source
+from pondera.probe._signal import measure
 
 WARM_UP = 0.05
 START_BATCH = 256  # examples a data-driven start sees
@@ -24,8 +25,11 @@ START_BATCH = 256  # examples a data-driven start sees
 class RunSpec:
     """What is run: hashable, sendable to another machine, and the key under which its result is stored.
 
-    phase: "tune" scores on the validation split, "final" on test. stop: last step run (the schedule is laid out over
-    `steps`). signal: also look at the signal through the layers before training.
+    phase: "rung" fits what the unit's split leaves to fit on and is judged on its validation part alone; "tuned" fits the
+    same, is judged on validation and scored on test along the way; "final" fits all training data and is scored on test.
+    stop: last step run (the schedule is laid out over `steps`). depends: hash of what else the result depends on (data,
+    local modules, packages). signal: also look at the signal through the layers before training. again: a repetition of
+    the same run, to see whether it gives the same.
     """
 
     task_name: str
@@ -40,16 +44,18 @@ class RunSpec:
     threads: int = 1
     device: str = "cpu"
     signal: bool = False
+    depends: str = ""
+    again: int = 0
 
     @property
     def key(self) -> str:
-        """Hash of everything the result depends on: task text, recipe and its methods' source, numbers, versions."""
+        """Hash of everything the result depends on: task text, its modules and data, the methods' sources, numbers, versions."""
         return _key(self)
 
     def facts(self) -> dict[str, Any]:
         """The spec without the task's text, for the store's readers."""
-        facts = asdict(self) | {"recipe": str(self.recipe)}
-        return {k: v for k, v in facts.items() if k not in ("task_source", "task_path")}
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("task_source", "task_path")}
+        return facts | {"recipe": str(self.recipe)}
 
 
 @lru_cache(maxsize=100_000)
@@ -111,12 +117,24 @@ def prepare(task: Task, recipe: Recipe, seed: int, fit: Batch, device: str = "cp
     return model
 
 
+@lru_cache(maxsize=16)
+def _task(name: str, path: str, source: str, depends: str) -> Task:
+    """The spec's task; `depends` names its modules' contents, so that they are looked at once and not in every run."""
+    return task_from_source(name, path, source)
+
+
 def _train(spec: RunSpec) -> dict[str, Any]:
-    task = task_from_source(spec.task_name, spec.task_path, spec.task_source)
+    task = _task(spec.task_name, spec.task_path, spec.task_source, spec.depends)
     s = task.settings
-    fit, held = task.split(spec.phase)
+    if spec.phase == "final":
+        fit, test = task.split("final")
+        held: Batch | None = None
+    else:
+        fit, held = task.split("tune", spec.seed)
+        test = task.split("final")[1]
     if spec.device != "cpu":
-        fit, held = (tuple(t.to(spec.device) for t in part) for part in (fit, held))
+        fit, test = (tuple(t.to(spec.device) for t in part) for part in (fit, test))
+        held = held and tuple(t.to(spec.device) for t in held)
     began = time.perf_counter()
     model = prepare(task, spec.recipe, spec.seed, fit, spec.device)
     start_seconds = time.perf_counter() - began
@@ -128,16 +146,19 @@ def _train(spec: RunSpec) -> dict[str, Any]:
         out["signal"] = _signal(task, model, fit)
     optimizers = spec.recipe.optimizers(model, spec.rate, s.optim)
     base = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    only = spec.phase == "rung"  # judged once, at its end
     marks = {max(1, round(spec.steps * k / s.evaluations)) for k in range(1, s.evaluations + 1)} | {spec.stop}
+    if only:
+        marks = {spec.stop}
     has_penalty = spec.recipe.penalty is not None
 
-    def scored() -> float:
+    def scored(part: Batch) -> float:
         model.eval()
-        value = task.score(model, held)
+        value = task.score(model, part)
         model.train()
         return value
 
-    curve: list[list[float]] = [[0, 0.0, scored(), math.nan]]
+    curve: list[list[float]] = [] if only else [[0, 0.0, scored(test), math.nan]]
     feed = batches(fit, s.batch, stream(spec.seed, "data"))
     seconds, losses = 0.0, []
     clock = time.perf_counter()
@@ -162,19 +183,34 @@ def _train(spec: RunSpec) -> dict[str, Any]:
         losses.append(value)
         if step in marks:
             seconds += time.perf_counter() - clock
-            score = scored()
+            score = scored(held if only and held is not None else test)
             curve.append([step, seconds, score, sum(losses) / len(losses)])
             losses = []
             if not math.isfinite(score):
                 return out | _diverged(step, f"score became {score}", curve)
             clock = time.perf_counter()
-    return out | {
-        "status": "ok",
-        "score": curve[-1][2],
-        "train_loss": curve[-1][3],
-        "curve": curve,
-        "step_seconds": seconds / spec.stop,
-    }
+    out |= {"train_loss": curve[-1][3], "step_seconds": seconds / spec.stop}
+    if held is not None:
+        out |= {"valid": curve[-1][2] if only else scored(held), "valid_loss": _loss_on(task, model, held, spec)}
+        if not math.isfinite(out["valid"]):
+            return out | _diverged(spec.stop, f"validation score became {out['valid']}", curve)
+    return (
+        out | {"status": "ok", "curve": [], "score": None}
+        if only
+        else out | {"status": "ok", "curve": curve, "score": curve[-1][2]}
+    )
+
+
+@torch.no_grad()
+def _loss_on(task: Task, model: nn.Module, held: Batch, spec: RunSpec) -> float:
+    """Mean loss on held-out examples, batch by batch; what it draws follows the seed. Infinite where it is no number."""
+    torch.manual_seed(stream(spec.seed, "validation"))
+    model.eval()
+    total, n, size = 0.0, len(held[0]), task.settings.batch
+    for at in range(0, n, size):
+        part = tuple(t[at : at + size] for t in held)
+        total += float(task.loss(model, part)) * len(part[0])
+    return total / n if math.isfinite(total) else math.inf
 
 
 def _diverged(step: int, why: str, curve: list[list[float]]) -> dict[str, Any]:
@@ -196,9 +232,7 @@ def schedule(step: int, steps: int) -> float:
 def _signal(task: Task, model: nn.Module, fit: Batch) -> list[dict[str, Any]]:
     """Forward and backward signal by layer before training; empty where the look fails (the run goes on)."""
     try:
-        from pondera.lab import inspect
-
         few = tuple(t[:START_BATCH] for t in fit)
-        return inspect(model, task.inputs(few), loss=lambda m, _: task.loss(m, few)).table()
-    except (ImportError, AttributeError, BadInput):
+        return measure(model, task.inputs(few), loss=lambda m, _: task.loss(m, few)).table()
+    except (AttributeError, BadInput):
         return []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pondera._activations import Activation, activation
 from pondera.errors import BadInput, describe, require_finite
-from pondera.linalg import gaussian_mean
+from pondera.linalg import gaussian_mean, gaussian_pair_mean
 from pondera.probe._untouched import require_model, run, scores, untouched
 
 if TYPE_CHECKING:
@@ -270,29 +270,9 @@ def predicted_bias(
     for _ in range(depth):
         q, qc = (
             weight_variance * gaussian_mean(lambda u: phi(u).square(), q**0.5).item() + bias_variance,
-            weight_variance * pair_mean(phi, q, c) + bias_variance,
+            weight_variance * gaussian_pair_mean(phi, c, q**0.5).item() + bias_variance,
         )
         c = min(max(qc / q, 0.0), 1.0) if abs(qc) > 1e-14 * q else 0.0
         layers.append((q, c))
     variance, corr = torch.tensor(layers, dtype=torch.float64).unbind(1)
     return GuessingLaw(variance, corr)
-
-
-def pair_mean(phi: Activation, q: float, c: float) -> float:
-    """E[phi(u) phi(u')] for Gaussian u, u' of variance q and correlation c.
-
-    In polar coordinates u = sqrt(q) r cos(t), u' = sqrt(q) r cos(t - a) with cos a = c, so a kink of phi at 0 lies on
-    four known rays; between them Gauss-Legendre keeps its accuracy.
-
-    >>> round(pair_mean(torch.relu, 1.0, 0.0) * 2 * torch.pi, 12)  # E[relu]^2 = 1 / (2 pi)
-    1.0
-    """
-    a, half = math.acos(c), math.pi / 2
-    x, w = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(96))
-    cuts = torch.tensor([-half, a - half, half, a + half, 3 * half], dtype=torch.float64)
-    length, start = cuts.diff()[:, None] / 2, cuts[:-1, None]
-    t, wt = (start + length * (x + 1)).flatten(), (length * w).flatten()
-    r, wr = 6 * (x + 1), 6 * w
-    wr = wr * r * torch.exp(-r.square() / 2) / (2 * math.pi)
-    u = q**0.5 * r[:, None]
-    return (wr @ (phi(u * t.cos()) * phi(u * (t - a).cos())) @ wt).item()

@@ -3,17 +3,15 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from pondera._activations import Activation, activation, derivative
 from pondera.errors import BadInput, describe, require_finite
-from pondera.linalg import gaussian_mean
+from pondera.linalg import gaussian_mean, gaussian_pair_mean
 from pondera.probe._tangent import TangentKernel, as_one, gram, look
 from pondera.probe._untouched import require_model, untouched
 
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
-PAIRS_AT_ONCE = 256  # pairs of inputs averaged together by quadrature, some 9,000 nodes each
 
 
 def ntk(model: nn.Module, batch: Batch, batch2: Batch | None = None, *, output: int | None = None) -> TangentKernel:
@@ -170,41 +167,10 @@ def _averages(
         angle = torch.arccos(c)
         both = size * ((1 - c.square()).sqrt() + (math.pi - angle) * c) / (2 * math.pi)
         return both, (math.pi - angle) / (2 * math.pi)
-    flat = torch.stack(torch.broadcast_tensors(p.sqrt().unsqueeze(1), q.sqrt(), c)).flatten(1)
-    found = torch.cat([_by_quadrature(phi, *some) for some in flat.split(PAIRS_AT_ONCE, 1)], 1)
-    return tuple(t.view(k.shape) for t in found)
-
-
-def _by_quadrature(
-    phi: Activation, s: Float[Tensor, "m"], t: Float[Tensor, "m"], c: Float[Tensor, "m"]
-) -> Float[Tensor, "2 m"]:
-    """Both averages for standard deviations s and t and correlation c, in polar coordinates.
-
-    u = s r cos(h) and v = t r cos(h - a) with c = cos(a) change sign at four angles only, so that Gauss-Legendre between
-    them keeps its accuracy where phi has a kink at zero (derived).
-    """
-    radius, weight, unit, share = _nodes()
-    a = torch.arccos(c).unsqueeze(1)
-    h = torch.cat(
-        [a * unit - math.pi / 2, a - math.pi / 2 + (math.pi - a) * unit], 1
-    )  # half a turn; the other is its mirror
-    part = torch.cat([a * share, (math.pi - a) * share], 1) / (2 * math.pi)
-    u, v = (d[:, None, None] * e.cos().unsqueeze(2) * radius for d, e in ((s, h), (t, h - a)))
-
-    def mean(f: Activation) -> Tensor:
-        both_signs = f(u.clone()) * f(v.clone()) + f(-u) * f(-v)
-        return (both_signs @ weight * part).sum(1)
-
-    return torch.stack([mean(phi), mean(lambda x: derivative(phi, x))])
-
-
-@lru_cache(maxsize=1)
-def _nodes() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Radii up to 12 with the weights of their density r exp(-r^2 / 2), and Gauss-Legendre on (0, 1)."""
-    x, w = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(96))
-    r = 6 * (x + 1)
-    y, share = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(48))
-    return r, 6 * w * r * torch.exp(-r.square() / 2), (y + 1) / 2, share / 2
+    both, slopes = (
+        gaussian_pair_mean(f, c, p.sqrt().unsqueeze(1), q.sqrt()) for f in (phi, lambda x: derivative(phi, x))
+    )
+    return both, slopes
 
 
 @dataclass(frozen=True)

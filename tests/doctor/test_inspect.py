@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+from pondera.doctor._faults import STARTS
+from pondera.doctor._inspect import inspect
 from pondera.errors import BadInput
 from pondera.lab import Recipe, load_task
-from pondera.lab._inspect import STARTS, inspect
 
 
 def he(*layers):

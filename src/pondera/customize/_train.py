@@ -89,7 +89,7 @@ def customize(
 
     Args:
         base: a diffusers pipeline, or the folder of one. Shapes of Stable Diffusion 1.5, SD-XL, FLUX, and the small
-            base of `pondera.lab.glyphs`. A pipeline given as an object is left with the trained adapter on it.
+            base of `pondera.customize.glyphs`. A pipeline given as an object is left with the trained adapter on it.
         image: path or PIL image; a list if there are a few of the same concept. The centre square is used.
         name: the concept's name in prompts, a rare word and a class: "sks dog".
         out: folder to write; new, or one where the same run was stopped.
@@ -116,13 +116,13 @@ def customize(
 
     >>> from tempfile import mkdtemp
     >>> from PIL import Image
-    >>> from pondera.lab.glyphs import base
+    >>> from pondera.customize.glyphs import base
     >>> picture = Image.new("RGB", (16, 16), "orange")
     >>> done = customize(base(), picture, "sks glyph", mkdtemp() + "/out", template="a {}", r=4, steps=2)
     >>> done.steps, done.folder.joinpath("adapter_model.safetensors").exists()
     (2, True)
     """
-    from pondera.lab._denoisers import images_of, repeat, trainable
+    from pondera.customize._denoisers import images_of, repeat, trainable
 
     _check(name, template, steps, rate, batch, precision, save_every, per_prompt)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -222,7 +222,7 @@ def load_customized(pipe: Any, folder: str | Path, *, adapter_name: str = ADAPTE
     from safetensors.torch import load_file
 
     import pondera.adapters  # noqa: F401  PEFT must know our methods before it reads the configuration
-    from pondera.lab._denoisers import trainable
+    from pondera.customize._denoisers import trainable
 
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
@@ -261,7 +261,7 @@ def load_base(base: Any, dtype: torch.dtype = torch.float32) -> Any:
     kind = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     try:
         if json.loads(index.read_text()).get("_class_name") == "GlyphPipeline":
-            from pondera.lab.glyphs import GlyphPipeline
+            from pondera.customize.glyphs import GlyphPipeline
 
             return GlyphPipeline.from_pretrained(folder, **kind)
         return DiffusionPipeline.from_pretrained(folder, local_files_only=True, **kind)

@@ -13,7 +13,7 @@ position above 0.99; guidance of 3 and 4 or 25 steps give the same.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pondera.lab.glyphs._images import (
+from pondera.customize.glyphs._images import (
     BACKGROUNDS,
     COLOURS,
     CONCEPTS,
@@ -29,8 +29,8 @@ from pondera.lab.glyphs._images import (
 )
 
 if TYPE_CHECKING:
-    from pondera.lab.glyphs._judge import Judge, judges
-    from pondera.lab.glyphs._pipeline import GlyphPipeline, base
+    from pondera.customize.glyphs._judge import Judge, judges
+    from pondera.customize.glyphs._pipeline import GlyphPipeline, base
 
 _LATER = {"Judge": "_judge", "judges": "_judge", "GlyphPipeline": "_pipeline", "base": "_pipeline"}  # when used
 __all__ = [
@@ -55,5 +55,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
-        return getattr(import_module(f"pondera.lab.glyphs.{_LATER[name]}"), name)
-    raise AttributeError(f"module 'pondera.lab.glyphs' has no attribute {name!r}")
+        return getattr(import_module(f"pondera.customize.glyphs.{_LATER[name]}"), name)
+    raise AttributeError(f"module 'pondera.customize.glyphs' has no attribute {name!r}")

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pondera.adapters import TLoraConfig, at_timestep
+from pondera.customize import customize, load_base, load_customized
 from pondera.errors import BadInput
-from pondera.lab import customize, load_base, load_customized
 
 from .pipelines import PIPELINES
 
@@ -129,7 +129,7 @@ import contextlib, os, signal, sys
 sys.path.insert(0, {tests!r})
 from PIL import Image
 from pipelines import PIPELINES
-from pondera.lab import _customize as module
+from pondera.customize import _train as module
 
 @contextlib.contextmanager
 def fatal(show, steps, begun):

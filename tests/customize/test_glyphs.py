@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 
-from pondera.errors import BadInput
-from pondera.lab.glyphs import (
+from pondera.customize.glyphs import (
     BACKGROUNDS,
     COLOURS,
     CONCEPTS,
@@ -22,9 +21,10 @@ from pondera.lab.glyphs import (
     sample_prompt,
     sample_scene,
 )
-from pondera.lab.glyphs._images import PAIRS, PATTERNS, PLAIN, background
-from pondera.lab.glyphs._judge import judged_images, spoil
-from pondera.lab.glyphs._pipeline import BASE, TOKENS
+from pondera.customize.glyphs._images import PAIRS, PATTERNS, PLAIN, background
+from pondera.customize.glyphs._judge import judged_images, spoil
+from pondera.customize.glyphs._pipeline import BASE, TOKENS
+from pondera.errors import BadInput
 
 
 def seeded(seed=0):

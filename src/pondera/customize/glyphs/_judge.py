@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from pondera.errors import BadInput, describe, nearest
-from pondera.lab.glyphs._images import (
+from pondera.customize.glyphs._images import (
     BACKGROUNDS,
     COLOURS,
     CONCEPTS,
@@ -22,6 +21,7 @@ from pondera.lab.glyphs._images import (
     background,
     draw,
 )
+from pondera.errors import BadInput, describe, nearest
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 OTHER = "other"  # no glyph, or a concept's shape in colours that are not its own
@@ -38,7 +38,7 @@ class Judge(nn.Module):
     A concept is its shape and its two colours: its shape in others is "other". Trained on drawn images with noise, blur
     and shifted contrast, never on generated ones.
 
-    >>> from pondera.lab.glyphs import concept_image
+    >>> from pondera.customize.glyphs import concept_image
     >>> judges().name(concept_image("knight", "blue", "top left")[None], "glyph")
     ['knight']
     """

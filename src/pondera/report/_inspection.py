@@ -4,16 +4,15 @@ import math
 import re
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from pondera.lab._figures import Figure, Json, _axis, _line, _marker, colour
-from pondera.lab._words import DASH, num, rate, signed
-
-if TYPE_CHECKING:
-    from pondera.lab._inspect import Inspection
-    from pondera.lab._rank import Ranking
+from pondera._words import DASH, num, rate, signed
+from pondera.doctor._inspect import Inspection
+from pondera.doctor._ranking import Ranking
+from pondera.report._figures import Figure, Json, axis, colour, line, marker
+from pondera.report._shell import plot, put, shell
 
 SHOWN = 40  # classes a plot has room for
 CAPTIONS = {
@@ -30,7 +29,7 @@ ALIKE = {"var(--paper)": "white"} | {f"var(--c{i})": c for i, c in enumerate(
 )}  # fmt: skip
 
 
-def signal(found: "Inspection") -> Figure | None:
+def signal(found: Inspection) -> Figure | None:
     """Signal and gradient by layer on a log axis."""
     rows = [r for r in found.layers if r.role == "weight"] or list(found.layers)
     series: dict[str, list[float | None]] = {"signal": [r.signal for r in rows], "gradient": [r.gradient for r in rows]}
@@ -45,7 +44,7 @@ def signal(found: "Inspection") -> Figure | None:
             said.append(f"{name} from {known[0]:.2g} to {known[-1]:.2g}")
     if not data:
         return None
-    layout: Json = {"xaxis": _axis("weight layer, from input to output", tickformat="d"), "yaxis": _log("variance")}
+    layout: Json = {"xaxis": axis("weight layer, from input to output", tickformat="d"), "yaxis": _log("variance")}
     if found.first is not None and any(r.layer == found.first.layer for r in rows):
         at = next(i for i, r in enumerate(rows, 1) if r.layer == found.first.layer)
         mark = {"type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper"}
@@ -54,7 +53,7 @@ def signal(found: "Inspection") -> Figure | None:
     return Figure("signal", f"By layer before training: {'; '.join(said)}.", data, layout)
 
 
-def jacobian(found: "Inspection") -> Figure | None:
+def jacobian(found: Inspection) -> Figure | None:
     """Singular values, descending, on a log axis."""
     if found.singular_values is None or not (found.singular_values > 0).any():
         return None
@@ -62,14 +61,14 @@ def jacobian(found: "Inspection") -> Figure | None:
     return _spectrum("jacobian", found.singular_values, "singular value", f"Jacobian of the {of} on one example")
 
 
-def ntk(found: "Inspection") -> Figure | None:
+def ntk(found: Inspection) -> Figure | None:
     """Eigenvalues of the tangent kernel as shares of their sum."""
     if found.tangent is None or not found.tangent[0] > 0:
         return None
     return _spectrum("ntk", found.tangent / found.tangent.sum(), "share of the kernel", "pseudo tangent kernel")
 
 
-def bias(found: "Inspection") -> Figure | None:
+def bias(found: Inspection) -> Figure | None:
     """Share of the batch guessed as each class."""
     if found.bias is None:
         return None
@@ -80,7 +79,7 @@ def bias(found: "Inspection") -> Figure | None:
     bars |= {"hovertemplate": "class %{x}: %{y:.1%}<extra></extra>"}
     even = 1 / len(share)
     line = {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": even, "y1": even, "line": {"color": colour(0)}}
-    layout = {"xaxis": _axis("class", type="category"), "yaxis": _axis("share of the guesses", rangemode="tozero")}
+    layout = {"xaxis": axis("class", type="category"), "yaxis": axis("share of the guesses", rangemode="tozero")}
     alt = f"Guesses before training: class {names[0]} gets {share.max():.0%} of {len(share)} classes' equal {even:.0%}."
     return Figure("bias", alt, [bars], layout | {"shapes": [line]})
 
@@ -89,18 +88,18 @@ def _spectrum(key: str, values: Tensor, title: str, of: str) -> Figure:
     y = [v if v > 1e-12 * float(values[0]) else math.nan for v in values.tolist()]
     known = [v for v in y if math.isfinite(v)]
     alt = f"Spectrum of the {of}: {len(known)} of {len(y)} values above rounding, {known[0]:.2g} to {known[-1]:.2g}."
-    layout = {"xaxis": _axis("rank", tickformat="d"), "yaxis": _log(title)}
+    layout = {"xaxis": axis("rank", tickformat="d"), "yaxis": _log(title)}
     return Figure(key, alt, [_series(range(1, len(y) + 1), y, 1, of, [])], layout)
 
 
 def _series(x: Any, y: list[float], i: int, name: str, text: list[str]) -> Json:
     about: Json = {"name": name, "text": [escape(t) for t in text], "hoverinfo": "all"}
     about["hovertemplate"] = "%{fullData.name}<br>" + ("%{text}: " if text else "%{x}: ") + "%{y:.3g}<extra></extra>"
-    return _line(x, y, i, mode="lines+markers", marker=_marker(i, size=5)) | about
+    return line(x, y, i, mode="lines+markers", marker=marker(i, size=5)) | about
 
 
 def _log(title: str) -> Json:
-    return _axis(title, type="log", exponentformat="power")
+    return axis(title, type="log", exponentformat="power")
 
 
 def without_theme(f: Figure) -> Json:
@@ -119,17 +118,14 @@ def without_theme(f: Figure) -> Json:
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-def write(found: "Inspection", path: str | Path, ranking: "Ranking | None", name: str) -> Path:
+def write(found: Inspection, path: str | Path, ranking: Ranking | None, name: str) -> Path:
     """Write the page; see `Inspection.report`."""
-    from pondera.lab.report import put
-
     return put(path, lambda: render(found, ranking, name))
 
 
-def render(found: "Inspection", ranking: "Ranking | None" = None, name: str = "model") -> str:
+def render(found: Inspection, ranking: Ranking | None = None, name: str = "model") -> str:
     """The page as text."""
     from pondera import __version__
-    from pondera.lab.report import _plot, shell
 
     plots: list[Figure] = []
 
@@ -137,7 +133,7 @@ def render(found: "Inspection", ranking: "Ranking | None" = None, name: str = "m
         if figure is None:
             return f"<p>{otherwise}</p>"
         plots.append(figure)
-        return f"<figure>{_plot(figure)}<figcaption>{CAPTIONS[key]}</figcaption></figure>"
+        return f"<figure>{plot(figure)}<figcaption>{CAPTIONS[key]}</figcaption></figure>"
 
     sections = [("faults", "What is wrong", _faults(found))]
     if ranking is not None:
@@ -163,14 +159,14 @@ def _sentence(words: str) -> str:
     return f"{words[:1].upper()}{words[1:]}."
 
 
-def _faults(found: "Inspection") -> str:
+def _faults(found: Inspection) -> str:
     if not found.faults:
         return "<p>Nothing was found.</p>"
     items = "".join(f"<li>{escape(_sentence(f.words))}</li>" for f in found.faults)
     return f"<p>In the order of the layers; those after the first are often its consequence.</p><ol>{items}</ol>"
 
 
-def _advised(found: "Inspection") -> str:
+def _advised(found: Inspection) -> str:
     if not found.starts:
         return "<p>None: there is no fault to mend.</p>"
     return "".join(
@@ -184,7 +180,7 @@ def _code(text: str) -> str:
     return f'<button type="button" class="copy" hidden>copy</button><pre tabindex="0"><code>{escape(text)}</code></pre>'
 
 
-def _tried(r: "Ranking") -> str:
+def _tried(r: Ranking) -> str:
     rows = "".join(
         f'<tr{" class=base" if not str(t.recipe) else ""}><th scope="row"><span class="name">{_broken(t.name)}</span></th>'
         f"<td>{num(t.loss)}</td><td>{signed(t.gain) if str(t.recipe) else DASH}</td><td>{rate(t.rate)}</td>"
@@ -213,7 +209,7 @@ def _broken(name: str) -> str:
     return "<wbr>".join(escape(part) for part in re.split("(?<=[+(,_=])", name))
 
 
-def _layers(found: "Inspection") -> str:
+def _layers(found: Inspection) -> str:
     heads = ("Layer", "Kind", "Mean", "Variance", "Signal", "Dead", "Gradient", "Gain")
     head = "".join(f'<th scope="col">{h}</th>' for h in heads)
     rows = "".join(

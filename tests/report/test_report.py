@@ -13,21 +13,29 @@ import pytest
 import torch
 from torch import nn
 
+from pondera.doctor._snippet import snippet
 from pondera.errors import BadInput
 from pondera.lab import Recipe, load_task
-from pondera.lab import report as report_module
-from pondera.lab._compare import Comparison, Row
-from pondera.lab._figures import fate
-from pondera.lab._snippet import snippet
+from pondera.lab.plan import Tried
 from pondera.lab.recipe import ROOMS, names
-from pondera.lab.report import render, write
+from pondera.lab.results import Comparison, Row
+from pondera.lab.space import Point
 from pondera.lab.stats import difference
 from pondera.lab.train import schedule
+from pondera.report import _comparison as report_module
+from pondera.report._comparison import render, write
+from pondera.report._drawn import fate
 
 nan, inf = math.nan, math.inf
 GRID = (0.001, 0.0031622776601683794, 0.01, 0.1)
 BASE = [0.95, 0.96, 0.955]
-TUNING = [(0.001, 0.5, nan), (GRID[1], 0.9, 0.95), (0.01, 0.8, 0.94), (0.1, nan, nan)]
+TUNING = [
+    (0.001, 0.5, nan),
+    (GRID[1], 0.9, 0.95),
+    (0.01, 0.8, 0.94),
+    (0.1, nan, nan),
+]  # rate, after a quarter, at the end
+NAN = "diverged: training loss became nan at step 3"
 SIGNAL = [
     {"layer": "0", "kind": "Linear", "role": "weight", "variance": 9.0, "signal": 1.0},
     {"layer": "1", "kind": "ReLU", "role": "activation", "variance": 9.0, "signal": 0.5},
@@ -36,15 +44,21 @@ SIGNAL = [
 ]
 
 
+def unit(tuning: list[tuple[float, float, float]]) -> list[Tried]:
+    """A unit's trials; those without any figure failed."""
+    return [Tried(Point(x), a, b, NAN if math.isnan(a) and math.isnan(b) else "") for x, a, b in tuning]
+
+
 def row(recipe: str, scores: list[float], base: list[float] | None = None, comparisons: int = 1, **over: Any) -> Row:
     recipe_ = Recipe.parse(recipe)
     both = [(a, b) for a, b in zip(scores, base or []) if math.isfinite(a) and math.isfinite(b)]
     d = difference(*map(list, zip(*both)), comparisons=comparisons) if len(both) > 1 else None
     failed = {i: "diverged: training loss became nan at step 7" for i, s in enumerate(scores) if math.isnan(s)}
     given: dict[str, Any] = {
-        "spec": recipe, "name": recipe_.name, "recipe": recipe_, "rate": GRID[1], "edge": False, "scores": scores,
+        "spec": recipe, "name": recipe_.name, "recipe": recipe_, "edge": 0, "scores": scores,
+        "chosen": [None if math.isnan(s) else Point(GRID[1]) for s in scores], "trials": [unit(TUNING)] * len(scores),
         "failed": failed, "difference": d, "at_equal_time": d, "step_seconds": 0.00142, "start_seconds": 0.02,
-        "parameters": 100, "tuning": TUNING, "signal": SIGNAL, "baseline": base is None,
+        "parameters": 100, "signal": SIGNAL, "baseline": base is None,
         "curves": [[[0, 0.0, 0.1, nan], [10, 0.1, 0.8, 1.0], [20, 0.2, s, 0.5]] for s in scores],
     }  # fmt: skip
     return Row(**(given | over))
@@ -59,8 +73,8 @@ def comparison(*rows: Row, **over: Any) -> Comparison:
 
 
 def failed(recipe: str, base: list[float] | None = None) -> Row:
-    none = [(x, nan, nan) for x in GRID]
-    return row(recipe, [nan] * 3, base, rate=nan, step_seconds=nan, start_seconds=nan, tuning=none, curves=[[]] * 3)
+    none = [unit([(x, nan, nan) for x in GRID])] * 3
+    return row(recipe, [nan] * 3, base, step_seconds=nan, start_seconds=nan, trials=none, curves=[[]] * 3)
 
 
 ALL = comparison(
@@ -69,7 +83,7 @@ ALL = comparison(
     row("optim=SGD(momentum=0.9)", [0.85, 0.86, 0.851], BASE),
     row("penalty=norm_loss", [0.951, 0.958, 0.957], BASE),
     failed("loose: optim=SGD(momentum=1e6)", BASE),
-    row("parametrize=weight_norm", [0.95, nan, 0.96], BASE, edge=True),
+    row("parametrize=weight_norm", [0.95, nan, 0.96], BASE, edge=2),
 )
 
 
@@ -119,9 +133,10 @@ def test_headline_and_table_hold_the_findings() -> None:
     assert "3.2e-03" in words
     assert "1.42 ms" in words
     assert "20.0 ms" in words
-    assert "failed in 3 of 3 runs" in words
-    assert "failed in 1 of 3 runs" in words
-    assert "at the grid’s edge" in words
+    assert "failed in 3 of 3 units" in words
+    assert "failed in 1 of 3 units" in words
+    assert "at an end in 2 of 3" in words
+    assert "3 seeds would show a difference of" in words  # beside what was not called
     assert "seeds 0, 1 and 2: diverged: training loss became nan at step 7" in words
     assert "3 seeds only" in words
     assert "nan" not in words.replace("became nan", "")
@@ -155,23 +170,47 @@ def test_a_difference_that_turns_at_equal_time_is_told() -> None:
     )
 
 
-def test_fate_of_each_rate() -> None:
-    assert fate(ALL.rows[0]) == {0.001: "dropped", GRID[1]: "chosen", 0.01: "finished", 0.1: "failed"}
-    late = [
-        (0.001, 0.5, nan),
-        (GRID[1], 0.9, 0.95),
-        (0.01, 0.8, nan),
-        (0.1, 0.1, nan),
-    ]  # two of four go on, one comes back
-    assert fate(row("", BASE, tuning=late))[0.01] == "failed"
-    assert fate(row("", BASE, tuning=late))[0.1] == "dropped"
-    assert "while tuning: no score at 1.0e-01" in Page(render(ALL)).words
+def test_fate_of_each_rate_is_counted_over_units() -> None:
+    found = fate(ALL.rows[0])
+    assert {x: [k for k, n in f.items() if n] for x, f in found.items()} == {
+        0.001: ["dropped"], GRID[1]: ["chosen", "finished"], 0.01: ["finished"], 0.1: ["failed"],
+    }  # fmt: skip
+    assert found[GRID[1]]["chosen"] == 3
+    other = [(0.001, 0.5, nan), (GRID[1], 0.9, 0.95), (0.01, 0.8, 0.96), (0.1, 0.1, nan)]
+    chosen = [Point(GRID[1]), Point(0.01), Point(0.01)]
+    mixed = row("", BASE, trials=[unit(TUNING), unit(other), unit(other)], chosen=chosen)
+    assert (fate(mixed)[0.01]["chosen"], fate(mixed)[0.1]) == (
+        2,
+        {"chosen": 0, "finished": 0, "dropped": 2, "failed": 1},
+    )
+    words = Page(render(comparison(mixed))).words
+    assert "while tuning: no score at 1.0e-01 (1 unit); the first: diverged" in words
+    assert "3.2e-03 to 1.0e-02" in words  # what the units were tuned to
+    assert mixed.rate == 0.01
 
 
 def test_one_rate_means_nothing_was_tuned() -> None:
-    c = comparison(row("", BASE, tuning=[(0.01, nan, nan)], rate=0.01), rates=(0.01,))
-    assert "The grid holds one rate, 1.0e-02; nothing was tuned." in Page(render(c)).words
-    assert set(specs(render(c))) == {"curves", "signal"}
+    one = row("", BASE, trials=[unit([(0.01, nan, 0.9)])] * 3, chosen=[Point(0.01)] * 3)
+    text = render(comparison(one, rates=(0.01,), tuned=False, trials=1))
+    assert "There is one rate, 1.0e-02; no rate was tuned." in Page(text).words
+    assert "a verdict is one at this rate" in Page(text).words
+    assert set(specs(text)) == {"curves", "signal"}
+
+
+def test_a_task_that_does_not_repeat_is_told() -> None:
+    assert "The task is not deterministic" in Page(render(comparison(row("", BASE), repeatable=False))).words
+    assert "not deterministic" not in Page(render(comparison(row("", BASE), repeatable=True))).words
+
+
+def test_looks_and_what_was_searched_are_told() -> None:
+    axis = ("optim", "weight_decay")
+    points = [Point(GRID[1], ((axis, v),)) for v in (0.1, 0.02, 0.01)]
+    searched = row("optim=AdamW(weight_decay=log(0.001,1))", BASE, BASE, chosen=points)
+    words = Page(render(comparison(row("", BASE), searched, looks=(5, 8, 12)))).words
+    assert "weight_decay 0.02" in words
+    assert "optim weight_decay over log(0.001,1)" in words
+    assert "with looks at 5, 8 and 12" in words
+    assert re.search(r"AdamW\(model\.parameters\(\), lr=[\d.e-]+, weight_decay=0\.02\)", words)
 
 
 def test_figures_hold_the_numbers() -> None:

@@ -1,25 +1,22 @@
 """The report of a comparison: one HTML file that opens offline, for eyes, keyboards and screen readers."""
 
-import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from pondera._words import DASH, decimals, listed, num, rate, seconds, signed, with_interval
+from pondera.doctor._snippet import snippet
 from pondera.errors import BadInput
-from pondera.lab import _figures as figures
-from pondera.lab._figures import DASHES, SYMBOLS, Figure, colour
-from pondera.lab._snippet import snippet
-from pondera.lab._words import DASH, decimals, listed, num, rate, seconds, signed, with_interval
-
-if TYPE_CHECKING:
-    from pondera.lab._compare import Comparison, Row
-    from pondera.lab.stats import Difference
+from pondera.lab.plan import EXTENSIONS, RUNG, kept
+from pondera.lab.results import Comparison, Row, undecided
+from pondera.lab.stats import Difference
+from pondera.report import _drawn as figures
+from pondera.report._figures import DASHES, SYMBOLS, Figure, colour
+from pondera.report._shell import plot, put, shell
 
 GROUPS = (  # class, heading, sign
     ("better", "Better than the baseline", "▲"),
@@ -42,7 +39,7 @@ SHAPES = {  # the figures' markers, drawn in a box of 30 x 14
 }
 COLUMNS = (
     *("Recipe", "Tuned rate", "Score (95%)", "Difference to the baseline", "Standardised difference"),
-    *("Difference at equal time", "Time a step", "Start-up"),
+    *("Difference at equal time", "To the baseline’s score", "Time a step", "Start-up"),
 )
 CAPTIONS = {
     "differences": "Filled marker and thick line: mean difference at an equal number of steps, with its interval. "
@@ -50,16 +47,16 @@ CAPTIONS = {
     "line shows no difference.",
     "curves": "Mean over the seeds that finished; the band runs from the lowest seed to the highest. A thin line that "
     "ends in a cross is a run that failed.",
-    "rates": "Mean validation score of the tuning runs at each learning rate. Hollow markers on a dotted line: after a "
-    "quarter of the steps; filled on a solid line: at the end, for the rates that went on. Hollow only: dropped. A "
-    "cross at the foot: failed. The ring marks the rate chosen.",
+    "rates": "Mean validation score at each learning rate. Hollow markers on a dotted line: after a quarter of the steps, "
+    "over all units; filled on a solid line: at the end, over the units that trained it so far. A cross at the foot: failed "
+    "in every unit. Rings mark what units chose, larger for more units.",
     "signal": "What tells examples apart: the variance over a batch of each unit a layer puts out, averaged over its units, "
     "at the first seed and before the first step. A line that falls or climbs by decades is a signal that fades or explodes.",
 }
 STROKES = {"solid": "", "dash": "6 3", "dot": "2 2", "dashdot": "6 2 2 2", "longdash": "9 3"}
 
 
-def write(comparison: "Comparison", path: str | Path) -> Path:
+def write(comparison: Comparison, path: str | Path) -> Path:
     """Write the report to `path`: a reader finds the old file or the whole new one.
 
     Raises: BadInput: if the path is a folder, lies in a folder that does not exist, or cannot be written.
@@ -67,32 +64,7 @@ def write(comparison: "Comparison", path: str | Path) -> Path:
     return put(path, lambda: render(comparison))
 
 
-def put(path: str | Path, text: Callable[[], str]) -> Path:
-    """Write a page by atomic rename, its path checked before the text is made."""
-    from pondera.replications._claims import write_atomically
-
-    path = check_path(path)
-    try:
-        write_atomically(path, text())
-    except OSError as error:
-        raise BadInput(f"the report cannot be written to {path}: {error.strerror or error}") from None
-    return path
-
-
-def check_path(path: str | Path) -> Path:
-    """Return the path a report can be written to; BadInput for a folder, or a file in a folder that does not exist."""
-    path = Path(path)
-    try:
-        if path.is_dir():
-            raise BadInput(f"the report needs the path of a file, got the folder {path}")
-        if not path.parent.is_dir():
-            raise BadInput(f"the report cannot be written to {path}: there is no folder {path.parent}")
-    except OSError as error:
-        raise BadInput(f"the report cannot be written to {path}: {error.strerror or error}") from None
-    return path
-
-
-def render(comparison: "Comparison") -> str:
+def render(comparison: Comparison) -> str:
     """The report as text: equal comparisons give equal text, and nothing in it is loaded from elsewhere."""
     c = comparison
     halves = [(d.high - d.low) / 2 for r in c.rows if (d := r.difference)]
@@ -115,58 +87,10 @@ def render(comparison: "Comparison") -> str:
     return shell(_title(c), over, _headline(c, places), sections, plots, c.versions.get("pondera", ""))
 
 
-def shell(
-    title: str, over: str, lead: str, sections: Sequence[tuple[str, str, str]], plots: Sequence[Figure], version: str
-) -> str:
-    """A whole page: heading, lead, linked sections (key, heading, HTML) and the figures' script; it loads nothing."""
-    from plotly.offline import get_plotlyjs
-
-    links = "".join(f'<li><a href="#{key}">{heading}</a></li>' for key, heading, _ in sections)
-    body = "".join(
-        f'<section aria-labelledby="{key}"><h2 id="{key}">{heading}</h2>{content}</section>\n'
-        for key, heading, content in sections
-    )
-    here = files("pondera.lab")
-    css, js = ((here / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-    text = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(title)}</title>
-<link rel="icon" href="data:,">
-<style>{css}</style>
-</head>
-<body>
-<a class="skip" href="#main">Skip to the results</a>
-<div class="page">
-<header>
-<p class="over">{over}</p>
-<h1>{escape(title)}</h1>
-</header>
-<main id="main" tabindex="-1">
-{lead}
-<nav aria-label="Sections"><ul>{links}</ul></nav>
-{body}</main>
-<footer>Written by pondera {escape(version)}.
-This file holds everything it shows; it loads nothing.</footer>
-</div>
-<script type="application/json" id="figures">{_json({f.id: f.spec for f in plots})}</script>
-<script>{get_plotlyjs()}</script>
-<script>{js}</script>
-</body>
-</html>
-"""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
 # -- the headline -----------------------------------------------------------------------------------------------------
 
 
-def kind(r: "Row") -> str:
+def kind(r: Row) -> str:
     """Where a row belongs in the headline: one of GROUPS, or "baseline"."""
     if r.failed:
         return "failed"
@@ -177,7 +101,7 @@ def kind(r: "Row") -> str:
     return r.difference.verdict if r.difference.verdict != "no difference shown" else "none"
 
 
-def _title(c: "Comparison") -> str:
+def _title(c: Comparison) -> str:
     base, others = c.rows[0], c.rows[1:]
     better = [r for r in others if kind(r) == "better"]
     if not others:
@@ -195,7 +119,7 @@ def _title(c: "Comparison") -> str:
     return f"{c.task.name}: {told}"
 
 
-def _headline(c: "Comparison", places: int) -> str:
+def _headline(c: Comparison, places: int) -> str:
     base = c.rows[0]
     mean, low, high = base.score
     spread = f" [{num(low, places)}, {num(high, places)}]" if math.isfinite(low) else ""
@@ -215,14 +139,17 @@ def _headline(c: "Comparison", places: int) -> str:
     )
 
 
-def _in_words(r: "Row", places: int) -> str:
+def _in_words(r: Row, places: int) -> str:
     if r.failed:
         over = f"; over the seeds that finished {with_interval(r.difference, places)}" if r.difference else ""
         return f"{len(r.failed)} of {_count(len(r.scores), 'run')}{over}"
-    return with_interval(r.difference, places) if r.difference else f"score {num(r.score[0], places)}"
+    if r.difference is None:
+        return f"score {num(r.score[0], places)}"
+    could = undecided(r.difference, places)
+    return with_interval(r.difference, places) + (f". {could}" if could else "")
 
 
-def _notes(c: "Comparison") -> Iterator[str]:
+def _notes(c: Comparison) -> Iterator[str]:
     """What a reader should know before believing the headline."""
     if c.seeds == 1:
         yield f"One seed: no intervals; they need two seeds, and mean something from {FEW_SEEDS} on."
@@ -232,12 +159,20 @@ def _notes(c: "Comparison") -> Iterator[str]:
         d, t = r.difference, r.at_equal_time
         if d and t and d.verdict != t.verdict:
             yield f"Given equal seconds instead of equal steps, {_name(r)}: {t.verdict}."
-    edge = [r for r in c.rows if r.edge]
-    if edge:
+    if c.repeatable is False:
         yield (
-            f"The best rate of {listed(_name(r) for r in edge)} lies at the end of the grid; a better one may lie "
-            "beyond (widen it with <code>rates</code>)."
+            "The task is not deterministic: the same run carried out twice gave two results. Verdicts hold all the same, "
+            "for what is drawn anew in every run is part of the spread; a repetition of this table will differ."
         )
+    for r in c.rows:
+        if r.edge:
+            yield (
+                f"The best point of {_name(r)} still lies at an end of its space in {_count(r.edge, 'unit')} of {len(r.scores)} "
+                "after it was extended; a better one may lie beyond."
+            )
+        if r.lost and not r.failed:
+            told = listed(f"{n} {why}" for why, n in r.lost.items())
+            yield f"Trials of {_name(r)} that did not finish: {told}; each is a trial that lost."
     if any(r.failed and r.difference for r in c.rows):
         yield "A difference over the seeds that finished flatters a recipe that fails on the others."
 
@@ -245,7 +180,7 @@ def _notes(c: "Comparison") -> Iterator[str]:
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
-def _table(c: "Comparison", places: int) -> str:
+def _table(c: Comparison, places: int) -> str:
     heads = "".join(f'<th scope="col">{h}</th>' for h in COLUMNS)
     caption = (
         f"Mean test {escape(c.task.settings.score)} over {_count(c.seeds, 'seed')} with its 95% interval; differences "
@@ -258,10 +193,17 @@ def _table(c: "Comparison", places: int) -> str:
     )
 
 
-def _row(i: int, r: "Row", places: int) -> str:
+def _row(i: int, r: Row, places: int) -> str:
     mean, low, high = r.score
-    spread = f"[{num(low, places)}, {num(high, places)}]" if math.isfinite(low) else "one seed" if r.finished else ""
-    edge = '<span class="edge">at the grid’s edge</span>' if r.edge else ""
+    several = len(r.finished) > 1
+    spread = f"[{num(low, places)}, {num(high, places)}]" if several else "one seed" if r.finished else ""
+    edge = f'<span class="edge">at an end in {r.edge} of {len(r.scores)}</span>' if r.edge else ""
+    found = sorted({p.rate for p in r.chosen if p})
+    edge += f"<small>{rate(found[0])} to {rate(found[-1])}</small>" if len(found) > 1 else ""
+    if r.recipe.spaces and r.point:
+        values = ", ".join(f"{arg} {value}" for (_, arg), value in r.point.values)
+        edge += f"<small>{escape(values)}</small>"
+    target = f"{r.target[0]:.0f} steps<small>{seconds(r.target[1])}</small>" if r.target else DASH
     d = r.difference
     verdict = _mark(kind(r), r.verdict) if r.failed or (d is None and not r.baseline) else ""
     cells = (
@@ -270,6 +212,7 @@ def _row(i: int, r: "Row", places: int) -> str:
         "baseline" if kind(r) == "baseline" else _difference_cell(d, places) + verdict,
         (num(d.standardised, 2) if d else DASH) + ("<small>large</small>" if d and d.large else ""),
         _difference_cell(r.at_equal_time, places),
+        target,
         seconds(r.step_seconds),
         seconds(r.start_seconds),
     )
@@ -277,7 +220,7 @@ def _row(i: int, r: "Row", places: int) -> str:
     return f"<tr{' class=base' if r.baseline else ''}>{head}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _difference_cell(d: "Difference | None", places: int) -> str:
+def _difference_cell(d: Difference | None, places: int) -> str:
     if d is None:
         return DASH
     key = "none" if d.verdict == "no difference shown" else d.verdict
@@ -292,7 +235,7 @@ def _mark(key: str, words: str) -> str:
 # -- the figures ------------------------------------------------------------------------------------------------------
 
 
-def _differences(c: "Comparison", places: int, plots: list[Figure]) -> str:
+def _differences(c: Comparison, places: int, plots: list[Figure]) -> str:
     figure = figures.differences(c, places)
     if figure is None:
         why = "there is one recipe" if len(c.rows) < 2 else "no recipe shares two finished seeds with the baseline"
@@ -300,7 +243,7 @@ def _differences(c: "Comparison", places: int, plots: list[Figure]) -> str:
     return _figure(figure, CAPTIONS["differences"], plots)
 
 
-def _curves(c: "Comparison", places: int, plots: list[Figure]) -> str:
+def _curves(c: Comparison, places: int, plots: list[Figure]) -> str:
     figure = figures.curves(c, places)
     if figure is None:
         return "<p>No run got as far as a score.</p>"
@@ -319,19 +262,19 @@ def _curves(c: "Comparison", places: int, plots: list[Figure]) -> str:
     return _figure(figure, CAPTIONS["curves"], plots, above)
 
 
-def _sensitivity(c: "Comparison", places: int, plots: list[Figure]) -> str:
+def _sensitivity(c: Comparison, places: int, plots: list[Figure]) -> str:
     found = figures.sensitivity(c, places)
     if not found:
-        return f"<p>The grid holds one rate, {rate(c.rates[0])}; nothing was tuned.</p>"
+        return f"<p>There is one rate, {rate(c.rates[0])}; no rate was tuned.</p>"
     plots += found
     parts = "".join(
-        f'<div><h3 class="key">{_swatch(i)}{_name(r)}</h3>{_plot(f)}</div>'
+        f'<div><h3 class="key">{_swatch(i)}{_name(r)}</h3>{plot(f)}</div>'
         for i, (r, f) in enumerate(zip(c.rows, found))
     )
     return f'<figure><div class="small">{parts}</div><figcaption>{CAPTIONS["rates"]}</figcaption></figure>'
 
 
-def _signal(c: "Comparison", plots: list[Figure]) -> str:
+def _signal(c: Comparison, plots: list[Figure]) -> str:
     figure = figures.signal(c)
     if figure is None:
         return "<p>The signal was not looked at for these runs.</p>"
@@ -340,15 +283,10 @@ def _signal(c: "Comparison", plots: list[Figure]) -> str:
 
 def _figure(figure: Figure, caption: str, plots: list[Figure], above: str = "") -> str:
     plots.append(figure)
-    return f"<figure>{above}{_plot(figure)}<figcaption>{caption}</figcaption></figure>"
+    return f"<figure>{above}{plot(figure)}<figcaption>{caption}</figcaption></figure>"
 
 
-def _plot(f: Figure) -> str:
-    alt = escape(f.alt)
-    return f'<div class="plot" id="{f.id}" role="img" style="height:{f.height}px" aria-label="{alt}"></div>'
-
-
-def _keys(c: "Comparison") -> str:
+def _keys(c: Comparison) -> str:
     """The legend: a button a recipe, pressed while it is shown."""
     buttons = (
         f'<li><button type="button" aria-pressed="true" data-recipe="{i}">{_swatch(i)}{_name(r)}</button></li>'
@@ -367,7 +305,7 @@ def _swatch(i: int) -> str:
 # -- failures, code, method -------------------------------------------------------------------------------------------
 
 
-def _failures(c: "Comparison") -> str:
+def _failures(c: Comparison) -> str:
     items = []
     for r in c.rows:
         reasons: dict[str, list[str]] = defaultdict(list)
@@ -375,13 +313,15 @@ def _failures(c: "Comparison") -> str:
             reasons[why].append(str(seed))
         for why, seeds in reasons.items():
             items.append(f"<li>{_name(r)}, seed{'s' if len(seeds) > 1 else ''} {listed(seeds)}: {escape(why)}</li>")
-        lost = [x for x, f in figures.fate(r).items() if f == "failed"]
-        if lost and math.isfinite(r.rate):
-            items.append(f"<li>{_name(r)}, while tuning: no score at {listed(rate(x) for x in lost)}</li>")
+        lost = {x: f["failed"] for x, f in figures.fate(r).items() if f["failed"]}
+        if lost and r.finished:
+            told = listed(f"{rate(x)} ({_count(n, 'unit')})" for x, n in lost.items())
+            why = next(t.failed for unit in r.trials for t in unit if t.failed)
+            items.append(f"<li>{_name(r)}, while tuning: no score at {told}; the first: {escape(why)}</li>")
     return f"<ul>{''.join(items)}</ul>" if items else "<p>None: every recipe finished all its seeds.</p>"
 
 
-def _code(c: "Comparison") -> str:
+def _code(c: Comparison) -> str:
     s = c.task.settings
     parts = []
     opened = next((r for r in c.rows if kind(r) == "better"), c.rows[0])
@@ -389,7 +329,7 @@ def _code(c: "Comparison") -> str:
         text = ""
         if math.isfinite(r.rate):
             with suppress(BadInput):  # a method of one's own that is not here any more
-                text = snippet(r.recipe, r.rate, steps=c.steps, optim=s.optim, schedule=s.schedule, adapt=c.task.adapt)
+                text = snippet(r.setting, r.rate, steps=c.steps, optim=s.optim, schedule=s.schedule, adapt=c.task.adapt)
         body = "<p>Nothing to advise: no learning rate finished, or the method is not here any more.</p>"
         if text:
             body = '<button type="button" class="copy" hidden>copy</button>'
@@ -397,50 +337,71 @@ def _code(c: "Comparison") -> str:
         summary = f"<summary>{_name(r)}</summary>"
         parts.append(f'<details{" open" if r is opened else ""}>{summary}<div class="body">{body}</div></details>')
     own = "<code>model</code>, <code>loss_fn(output, target)</code> and <code>loader</code>"
-    return (
-        f"<p>Each recipe as code for your own training script, at its tuned rate; {own} are yours.</p>{''.join(parts)}"
+    told = (
+        "<p>Each recipe as code for your own training script, at the middle of what its units were tuned to; "
+        f"{own} are yours.</p>"
     )
+    return told + "".join(parts)
 
 
-def _method(c: "Comparison") -> str:
-    from pondera.lab._compare import KEEP, RUNG, TUNE_SEEDS
-
-    s, k = c.task.settings, len(c.rates)
+def _method(c: Comparison) -> str:
+    s, k = c.task.settings, c.trials
+    budgets = (
+        f"Three budgets are equal, each said apart. Equal steps: every run to the end takes {_count(c.steps, 'step')}. Equal "
+        f"trials: every unit tries {_count(k, 'point')}, whatever its recipe searches. Equal time: a second verdict, where both "
+        "are stopped when the first of the two would be done, start-up counted, and read between the points of their curves."
+    )
     tuned = (
-        f"Each recipe’s learning rate is tuned on the same grid of {k}: all run for {RUNG:.0%} of the steps on "
-        f"{TUNE_SEEDS} tuning seeds, the best third ({max(1, math.ceil(KEEP * k))}) goes on to the end, and the best "
-        "mean validation score wins."
-        if k > 1
-        else f"All recipes run at the one learning rate given, {rate(c.rates[0])}; nothing is tuned."
+        f"A unit is a recipe at a seed, tuned for itself: its {k} points run for {RUNG:.0%} of the steps under a schedule "
+        f"of that length, the best {kept(k)} by validation are trained to the end, and the one that validates best there "
+        "gives the unit’s score, on test data that nothing was chosen by. It is not trained again on the data held out. "
+        "Where the best point of any recipe lies at an end of its space, the space is extended by a step and every recipe "
+        f"of that seed gets a further trial, {EXTENSIONS} times at most."
+        if c.tuned
+        else f"All recipes run at the one learning rate given, {rate(c.rates[0])}; nothing is tuned, every unit trains on all "
+        "training data, and a verdict is one at this rate."
+    )
+    drawn = (
+        "Everything that is drawn is drawn anew for every seed: the weights, the order of the data, the part held out to "
+        "validate, the trials of the space. Recipes share what they can of it: the split, the order, and every weight they "
+        "leave alone."
+    )
+    many = _count(max(1, len(c.rows) - 1), "comparison")
+    looked = (
+        f"Seeds were added until decided, with looks at {listed(str(n) for n in c.looks)}; every look is taken at one level, so "
+        f"that the chance of a false call over all of them and over {many} is 5% (Pocock; Bonferroni)."
+        if c.looks
+        else f"Differences to the baseline are paired over units. The intervals of {many} hold at once, and the verdicts "
+        "follow Holm’s steps; of the 5% of error 4% go to verdicts at equal steps, 1% to those at equal time. The spread of a "
+        "difference is taken to be at least one step of the score."
     )
     sentences = (
-        f"Every recipe trains the same model on the same data for {_count(c.steps, 'step')}, and recipes share their "
-        "seeds: the same order of the data, and the same draw of every weight a recipe leaves alone.",
-        tuned,
-        f"Then {_count(c.seeds, 'fresh seed')} train on all training data at that rate and are scored on test data "
-        "that nothing was chosen by.",
-        "Differences to the baseline are paired over seeds, with t-intervals that hold at 95% for "
-        f"{_count(max(1, len(c.rows) - 1), 'comparison')} at once (Bonferroni); “no difference shown” says that the "
-        "interval holds zero, not that recipes are equal.",
-        "At equal time both are stopped when the first of the two would be done, start-up counted, and scored between "
-        "the points of their learning curves.",
-    )
+        budgets, tuned, drawn, looked,
+        "“No difference shown” says that the interval holds zero, not that recipes are equal; beside it stands the difference "
+        "that so many seeds show four times of five.",
+    )  # fmt: skip
     facts = {
         "Task": f"{c.task.name} ({c.task.fingerprint})",
         "Data": _splits(c),
-        "Seeds": f"{c.seeds}, the same for every recipe",
+        "Seeds": f"{c.seeds}, the same for every recipe" + ("" if not c.looks else " that was not decided before"),
         "Rates": ", ".join(rate(x) for x in c.rates),
+        "Searched": "; ".join(f"{r.name}: {_spaces(r)}" for r in c.rows if r.recipe.spaces) or "the rate alone",
         "Steps": f"{c.steps:,} of batch {s.batch}, {s.schedule} schedule",
         "Optimizer": f"{s.optim} where a recipe chooses none",
         "Parameters": _parameters(c),
         "Runs": f"{c.runs:,}, of which {c.repeated:,} came from the store; this call took {seconds(c.seconds)}",
+        "Depends on": ", ".join(f"{name} {v}" for name, v in c.depends.items()) or DASH,
         "Versions": ", ".join(f"{name} {v}" for name, v in c.versions.items()) or DASH,
     }
     listing = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
-    return f"<p>{' '.join(sentences)}</p><dl>{listing}</dl>"
+    return "".join(f"<p>{sentence}</p>" for sentence in sentences) + f"<dl>{listing}</dl>"
 
 
-def _splits(c: "Comparison") -> str:
+def _spaces(r: Row) -> str:
+    return ", ".join(f"{room} {arg} over {space!r}" for (room, arg), space in r.recipe.spaces.items())
+
+
+def _splits(c: Comparison) -> str:
     try:
         (fit, held), (train, test) = ((len(a[0]), len(b[0])) for a, b in (c.task.split("tune"), c.task.split("final")))
     except Exception:  # the report must not depend on data that may be gone
@@ -448,7 +409,7 @@ def _splits(c: "Comparison") -> str:
     return f"{train:,} to train on (while tuning {fit:,}, and {held:,} to validate on), {test:,} to test on"
 
 
-def _parameters(c: "Comparison") -> str:
+def _parameters(c: Comparison) -> str:
     counts: dict[int, list[str]] = defaultdict(list)
     for r in c.rows:
         if r.parameters:
@@ -461,23 +422,10 @@ def _parameters(c: "Comparison") -> str:
 # -- small things -----------------------------------------------------------------------------------------------------
 
 
-def _name(r: "Row") -> str:
+def _name(r: Row) -> str:
     """The recipe's name, to be broken where it is made of parts."""
     return f'<span class="name">{"<wbr>".join(escape(part) for part in re.split("(?<=[+(,_])", r.name))}</span>'
 
 
 def _count(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
-
-
-def _json(value: Any) -> str:
-    """JSON that may stand in a script element: NaN as null, no '<'."""
-    return json.dumps(_plain(value), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

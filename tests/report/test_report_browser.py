@@ -138,7 +138,7 @@ def test_structure_for_screen_readers(browser: Any) -> None:
     assert levels.count(1) == 1
     assert all(b <= a + 1 for a, b in pairwise(levels))
     scopes = browser.execute_script("return [...document.querySelectorAll('th')].map((t) => t.scope)")
-    assert scopes.count("col") == 8
+    assert scopes.count("col") == 9
     assert scopes.count("row") == 4
     named = browser.execute_script(
         f"{PLOTS}.every((p) => p.getAttribute('role') === 'img' && p.getAttribute('aria-label').length > 20)"
@@ -251,7 +251,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from torch import nn
 
-    from pondera.lab import inspect, rank_starts
+    from pondera.doctor import inspect, rank_starts
 
     torch.manual_seed(0)
     net = nn.Sequential(*(m for _ in range(12) for m in (nn.Linear(20, 20), nn.Tanh())), nn.Linear(20, 5))

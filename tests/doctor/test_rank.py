@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import pondera.init
+from pondera.doctor import rank_starts
+from pondera.doctor._rank import HELD, RATES, STEPS
 from pondera.errors import BadInput
-from pondera.lab import load_task, rank_starts
-from pondera.lab._rank import HELD, RATES, STEPS
+from pondera.lab import load_task
 from pondera.lab.recipe import Recipe
 from pondera.lab.task import batches
 from pondera.lab.train import prepare, stream

@@ -1,0 +1,20 @@
+"""One photo to a diffusion adapter: the trainer, what loads its results, and a small base of glyphs to try it on.
+
+>>> from pondera.customize import customize
+>>> customize.__name__
+'customize'
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pondera.customize._train import Customized, customize, load_base, load_customized
+
+__all__ = ["Customized", "customize", "load_base", "load_customized"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module("pondera.customize._train"), name)
+    raise AttributeError(f"module 'pondera.customize' has no attribute {name!r}")
