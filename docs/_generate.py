@@ -183,6 +183,14 @@ def choices() -> str:
     return _table(("Symptom", "Methods to compare", "Room"), rows) if rows else "No method is built yet.\n"
 
 
+OLD_RULE = """
+```{warning}
+Drawn by an older rule: one rate for all seeds, tuned once on two others, so that the intervals leave the noise of tuning
+out. Differences near the edge of their interval may be chance; large ones stand.
+```
+"""
+
+
 def league(folder: Path, what: str) -> str:
     """The recorded comparisons ``WHAT-TASK.json`` as tables: all tasks at a glance, then each with its command."""
     found = {p.stem.removeprefix(f"{what}-"): json.loads(p.read_text()) for p in sorted(folder.glob(f"{what}-*.json"))}
@@ -204,8 +212,10 @@ def league(folder: Path, what: str) -> str:
             heads += ("Step", "Trained", "Memory")
         on = ", ".join(f"{k} {v}" for k, v in kept["versions"].items())
         words = " ".join(shlex.quote(w) for w in kept["command"])
+        rule = f"{kept['rule']}; " if "rule" in kept else ""
+        old = "" if "rule" in kept else OLD_RULE
         parts.append(
-            f"### {task}\n\n```text\n{words}\n```\n\n{_table(heads, told)}\n{len(base['scores'])} seeds; {on}.\n"
+            f"### {task}\n\n```text\n{words}\n```\n\n{_table(heads, told)}\n{len(base['scores'])} seeds, {rule}{on}.\n{old}"
         )
     return "\n".join(parts)
 

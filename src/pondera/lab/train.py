@@ -18,6 +18,7 @@ from pondera.lab.task import Batch, Task, batches, canonical, task_from_source
 from pondera.probe._signal import measure
 
 WARM_UP = 0.05
+TIE_BATCHES = 16  # of validation data, on which the loss that breaks ties is taken
 START_BATCH = 256  # examples a data-driven start sees
 
 
@@ -203,12 +204,16 @@ def _train(spec: RunSpec) -> dict[str, Any]:
 
 @torch.no_grad()
 def _loss_on(task: Task, model: nn.Module, held: Batch, spec: RunSpec) -> float:
-    """Mean loss on held-out examples, batch by batch; what it draws follows the seed. Infinite where it is no number."""
+    """Mean loss on held-out examples, batch by batch, to break ties by: over the first `TIE_BATCHES` of them.
+
+    What it draws follows the seed. Infinite where it is no number.
+    """
     torch.manual_seed(stream(spec.seed, "validation"))
     model.eval()
-    total, n, size = 0.0, len(held[0]), task.settings.batch
+    total, size = 0.0, task.settings.batch
+    n = min(len(held[0]), TIE_BATCHES * size)
     for at in range(0, n, size):
-        part = tuple(t[at : at + size] for t in held)
+        part = tuple(t[at : min(n, at + size)] for t in held)
         total += float(task.loss(model, part)) * len(part[0])
     return total / n if math.isfinite(total) else math.inf
 
