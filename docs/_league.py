@@ -90,7 +90,7 @@ def costs(task: str, recipe: str) -> dict[str, float]:
     import torch
 
     from pondera.lab import Recipe, load_task
-    from pondera.lab.task import batches
+    from pondera.lab.data import batches
     from pondera.lab.train import prepare
 
     loaded = load_task(task)

@@ -101,11 +101,12 @@ def test_a_whole_comparison_is_that_of_the_tool():
 def test_until_decided_stops_where_the_tool_does():
     task, at = load_task("wine"), looks(5, 12)
     plan = carry_out(Plan(design_of(task, ["optim=SGD", "salt=2"], range(70, 82))), Batched(task))
+    plan.stops = at
     scores = [[u.result["score"] for u in plan.of(arm)] for arm in (0, 1)]
     for difference in (0.0, -0.2, 0.04):
         for u, s in zip(plan.of(1), plant(scores, difference)[1]):
             u.result["score"] = s
-        stop = next((n for n in at if not _undecided(plan.blocks[:n], plan.design, at)), None)
+        stop = next((n for n in at if not _undecided(plan.blocks[:n], plan)), None)
         assert decided(plant(scores, difference), task, at) == (stop is not None, stop or 12)
         assert not called(plant(scores, difference), task) or stop is not None
     assert stopped_at_will(plant(scores, -0.2), 5)

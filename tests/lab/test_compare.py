@@ -8,10 +8,10 @@ import torch
 
 from pondera.errors import BadInput
 from pondera.lab import Recipe, compare, load_task
+from pondera.lab.data import batches
 from pondera.lab.plan import Design, kept, ranked
 from pondera.lab.space import Point
 from pondera.lab.stats import difference, interval
-from pondera.lab.task import batches
 from pondera.lab.train import RunSpec, prepare, run, schedule, stream
 
 QUICK = {"store": "sqlite://", "workers": 1, "progress": False}

@@ -14,8 +14,9 @@ from pondera.doctor._faults import STARTS
 from pondera.doctor._inspect import Inspection, inspect
 from pondera.doctor._ranking import Ranking, Trial
 from pondera.errors import BadInput
+from pondera.lab.data import Batch, batches, some
 from pondera.lab.recipe import Recipe, as_recipe, material_of, names, parse_choice
-from pondera.lab.task import Batch, Task, batches, load_task
+from pondera.lab.task import Task, load_task
 from pondera.lab.train import START_BATCH, prepare, stream
 
 RATES = 3  # of the task's grid, evenly spread inside it
@@ -57,7 +58,7 @@ def rank_starts(
     began = time.perf_counter()
     task = load_task(task)
     fit, held = task.split("tune")
-    held = tuple(t[:HELD] for t in held)
+    held = some(held, HELD)
     recipes = [as_recipe(s) for s in starts] if starts is not None else list(_all())
     recipes = list({str(r): r for r in recipes if str(r)}.values())
     grid = task.settings.rates
@@ -112,7 +113,7 @@ def _advice(recipe: Recipe, look: Inspection | None) -> int:
 def _first_look(task: Task, recipe: Recipe, seed: int, fit: Batch) -> tuple[torch.nn.Module, Inspection | None]:
     """The started model and what a look at it says; None where a look is not possible."""
     model = prepare(task, recipe, seed, fit)
-    few = tuple(t[:START_BATCH] for t in fit)
+    few = some(fit, START_BATCH)
     try:
         return model, inspect(model, task.inputs(few), loss=lambda m, _: task.loss(m, few), tangent=False)
     except BadInput:
@@ -168,7 +169,7 @@ def _try(
         found.append((loss if math.isfinite(loss) else math.inf, at))
     loss, at = min(found)
     faults = tuple(f.symptom for f in look.faults) if look else ()
-    first = f"{look.faults[0].symptom} at {look.faults[0].layer}" if look and look.faults else ""
+    first = f"{look.faults[0].symptom} at {look.faults[0].where}" if look and look.faults else ""
     if look is None:
         first = DASH
     return Trial(recipe, loss, 0.0, at if math.isfinite(loss) else math.nan, faults, first, time.perf_counter() - began)

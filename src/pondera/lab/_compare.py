@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from pondera._losses import check_fit
+from pondera._losses import check_fit, given_scores
 from pondera._versions import versions
 from pondera.errors import BadInput
-from pondera.lab.execute import Executor, executor
+from pondera.lab.data import head, some
+from pondera.lab.execute import Executor, executor, warm
+from pondera.lab.loop import Diverged, by_the_user
 from pondera.lab.plan import TRIALS, Block, Design, Plan, Unit
 from pondera.lab.recipe import Recipe, as_recipe
 from pondera.lab.results import Comparison, Row
@@ -106,6 +108,8 @@ def compare(
         raise BadInput(
             f"until_decided needs at least 2 seeds to begin with and max_seeds no fewer, got {seeds} and {max_seeds}"
         )
+    if ray is None and (workers > 1 or run_timeout is not None):
+        warm(task.source)  # the workers' imports go on beside what follows
     _preflight(task, design)
     hash_, depends = task.depends()
     design = replace(design, depends=hash_)
@@ -306,37 +310,62 @@ def _design(
 def _preflight(task: Task, design: Design) -> None:
     """One step of each recipe on one batch: what cannot work is refused now, in one sentence, before anything runs."""
     train, test = task.split("final")
-    few = tuple(t[: task.settings.batch] for t in train)
-    if len(train) == 2 and train[1].ndim == 1:  # with the largest and smallest target, so that no class is overlooked
-        order = train[1].argsort()
-        pick = torch.cat([order[:1], order[-1:], torch.arange(len(order))[: max(0, task.settings.batch - 2)]])
-        few = tuple(t[pick] for t in train)
+    fit, held = task.split("tune", MOST) if design.tuned else (train, None)
+    few = _few(train, task.settings.batch)
     for given in design.recipes:
         point = points(design.rates, design.trials, given.spaces, 0)[0]
         recipe = given.at(point)
         who = f"the recipe {given.name!r}" if str(given) else f"the task {task.name}"
         state = torch.get_rng_state()
         try:
-            model = prepare(task, recipe, MOST, train)
-            if not hasattr(task.module, "loss"):
-                check_fit(model(few[0]), few[1])
-            loss = task.loss(model, few)
-            if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
-                got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-                raise BadInput(f"the loss of the task {task.name} must be a scalar tensor, got {got}")
+            model = prepare(task, recipe, MOST, fit)
             recipe.penalty_of(model)
-            recipe.optimizers(model, point.rate, task.settings.optim)
-            loss.backward()
-            model.eval()
-            float(task.score(model, tuple(t[: task.settings.batch] for t in test)))
+            if task.own_loop:
+                parts = {"test": test} | ({} if held is None else {"valid": held})
+                by_the_user(
+                    task, recipe, model, fit, parts, rate=point.rate, steps=1, seed=MOST, data_seed=0, device="cpu"
+                )
+            else:
+                _first_step(task, recipe, model, few, test, point.rate)
         except BadInput as error:
             raise BadInput(f"{who} does not fit: {error}" if str(given) else str(error)) from error
-        except (MemoryError, torch.OutOfMemoryError):
-            continue  # too big here is a result, marked by its runs
+        except (MemoryError, torch.OutOfMemoryError, Diverged):
+            continue  # too big here, or wild at its first step, is a result, marked by its runs
         except Exception as error:
-            raise BadInput(f"{who} raised {type(error).__name__} on its first batch: {_one_line(error)}") from error
+            where = "in its training loop" if task.own_loop else "on its first batch"
+            raise BadInput(f"{who} raised {type(error).__name__} {where}: {_one_line(error)}") from error
         finally:
             torch.set_rng_state(state)
+
+
+def _few(train: Any, size: int) -> Any:
+    """A first batch; of tensors with one target an example with the largest and smallest, so that no class is overlooked."""
+    if isinstance(train, tuple) and len(train) == 2 and train[1].ndim == 1:
+        order = train[1].argsort()
+        pick = torch.cat([order[:1], order[-1:], torch.arange(len(order))[: max(0, size - 2)]])
+        return tuple(t[pick] for t in train)
+    return some(train, size)
+
+
+def _first_step(task: Task, recipe: Recipe, model: Any, few: Any, test: Any, rate: float) -> None:
+    if not hasattr(task.module, "loss") and isinstance(few, tuple) and len(few) == 2:
+        check_fit(given_scores(model(few[0])), few[1])
+    loss = task.loss(model, few)
+    if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise BadInput(f"the loss of the task {task.name} must be a scalar tensor, got {got}")
+    optimizers = recipe.optimizers(model, rate, task.settings.optim)
+    for o in optimizers:
+        if isinstance(o, torch.optim.LBFGS):
+            raise BadInput(
+                "optim=LBFGS evaluates the loss several times a step, which equal steps do not allow; choose another"
+            )
+    loss.backward()
+    model.eval()
+    float(task.score(model, head(test, task.settings.batch)))
+    for o in optimizers:
+        if type(o).__module__.startswith("torch."):  # SparseAdam wants sparse gradients; one's own may do anything
+            o.step()
 
 
 @dataclass(frozen=True)

@@ -162,8 +162,8 @@ class Processes:
             self._stillborn += 1
             if self._stillborn >= TRIES:
                 raise BadInput(
-                    "the processes that should carry out the runs end before they begin; a script that calls compare "
-                    "needs `if __name__ == '__main__':` before the call, or workers=1 (--workers 1)"
+                    "the processes that should carry out the runs end before they begin (above is what they said); "
+                    "a script that calls compare needs `if __name__ == '__main__':` before the call, or workers=1 (--workers 1)"
                 )
         running.deadline = None
         self._start(slot, running)

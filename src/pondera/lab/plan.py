@@ -290,7 +290,7 @@ class Plan:
                 self._want(block, u)
         if not self.repeats:
             first, steps = self.blocks[0].units[0].specs()[0], min(REPEATED, self.design.steps)
-            short = replace(first, phase="rung", steps=steps, stop=steps, signal=False)
+            short = replace(first, steps=steps, stop=steps, signal=False)
             self.repeats = [replace(short, again=1), replace(short, again=2)]
             for spec in self.repeats:
                 self._add(spec)

@@ -270,7 +270,7 @@ def _put_on(choice: Choice, model: nn.Module, batch: Any, generator: torch.Gener
             peft.initialize_lora_eva_weights(
                 adapted,
                 [batch],
-                forward_fn=lambda m, b: m(b),
+                forward_fn=lambda m, b: m(**b) if isinstance(b, dict) else m(b),
                 prepare_model_inputs_fn=None,
                 prepare_layer_inputs_fn=None,
                 show_progress_bar=False,

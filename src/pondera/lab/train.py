@@ -6,6 +6,7 @@ import random
 import time
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ import torch
 from torch import nn
 
 from pondera.errors import BadInput
+from pondera.lab.data import batches, count, head, moved, once, placed, some
+from pondera.lab.loop import WARM_UP, Diverged, by_the_lab, by_the_user, cast, schedule
 from pondera.lab.recipe import Recipe
-from pondera.lab.task import Batch, Task, batches, canonical, task_from_source
+from pondera.lab.task import Task, canonical, task_from_source
 from pondera.probe._signal import measure
 
-WARM_UP = 0.05
+__all__ = ["START_BATCH", "WARM_UP", "RunSpec", "prepare", "run", "schedule", "stream"]
 TIE_BATCHES = 16  # of validation data, on which the loss that breaks ties is taken
 START_BATCH = 256  # examples a data-driven start sees
 
@@ -103,15 +106,14 @@ def _failed(status: str, error: BaseException) -> dict[str, Any]:
     return {"status": status, "reason": f"{type(error).__name__}: {text}" if text else type(error).__name__}
 
 
-def prepare(task: Task, recipe: Recipe, seed: int, fit: Batch, device: str = "cpu") -> nn.Module:
+def prepare(task: Task, recipe: Recipe, seed: int, fit: Any, device: str = "cpu") -> nn.Module:
     """The model at its start: the task's own draw follows the seed (and salt), then the recipe's start and parametrization."""
     weights = stream(seed, f"weights{recipe.salt or ''}")
     torch.manual_seed(weights)
     np.random.seed(weights % 2**32)
     random.seed(weights)
     model = task.build().to(device)
-    first = next(batches(fit, START_BATCH, stream(seed, "data")))
-    inputs = task.inputs(tuple(t.to(device) for t in first))
+    inputs = task.inputs(moved(next(batches(fit, START_BATCH, stream(seed, "data"))), device))
     generator = torch.Generator(device).manual_seed(stream(seed, f"start{recipe.salt or ''}"))
     recipe.start(model, inputs, generator, lambda name: fit if name == "examples" else task.material(name), task.adapt)
     torch.manual_seed(stream(seed, f"training{recipe.salt or ''}"))  # dropout and the like
@@ -126,118 +128,70 @@ def _task(name: str, path: str, source: str, depends: str) -> Task:
 
 def _train(spec: RunSpec) -> dict[str, Any]:
     task = _task(spec.task_name, spec.task_path, spec.task_source, spec.depends)
-    s = task.settings
+    test = task.split("final")[1]
     if spec.phase == "final":
-        fit, test = task.split("final")
-        held: Batch | None = None
+        fit, parts = task.split("final")[0], {"test": test}
     else:
         fit, held = task.split("tune", spec.seed)
-        test = task.split("final")[1]
-    if spec.device != "cpu":
-        fit, test = (tuple(t.to(spec.device) for t in part) for part in (fit, test))
-        held = held and tuple(t.to(spec.device) for t in held)
+        parts = {"valid": held} if spec.phase == "rung" else {"test": test, "valid": held}
+    if spec.again:  # only to see whether the task gives the same again
+        parts = {"valid": head(next(iter(parts.values())), START_BATCH)}
+    parts = {name: placed(part, spec.device) for name, part in parts.items()}
     began = time.perf_counter()
     model = prepare(task, spec.recipe, spec.seed, fit, spec.device)
-    start_seconds = time.perf_counter() - began
     out: dict[str, Any] = {
-        "start_seconds": start_seconds,
+        "start_seconds": time.perf_counter() - began,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
     if spec.signal:
-        out["signal"] = _signal(task, model, fit)
-    optimizers = spec.recipe.optimizers(model, spec.rate, s.optim)
-    base = [[g["lr"] for g in o.param_groups] for o in optimizers]
-    only = spec.phase == "rung"  # judged once, at its end
-    marks = {max(1, round(spec.steps * k / s.evaluations)) for k in range(1, s.evaluations + 1)} | {spec.stop}
-    if only:
-        marks = {spec.stop}
-    has_penalty = spec.recipe.penalty is not None
-
-    def scored(part: Batch) -> float:
-        model.eval()
-        value = task.score(model, part)
-        model.train()
-        return value
-
-    curve: list[list[float]] = [] if only else [[0, 0.0, scored(test), math.nan]]
-    feed = batches(fit, s.batch, stream(spec.seed, "data"))
-    seconds, losses = 0.0, []
-    clock = time.perf_counter()
-    for step in range(1, spec.stop + 1):
-        if s.schedule == "cosine":
-            share = schedule(step, spec.steps)
-            for o, rates in zip(optimizers, base):
-                for g, r in zip(o.param_groups, rates):
-                    g["lr"] = r * share
-        batch = next(feed)
-        for o in optimizers:
-            o.zero_grad()
-        loss = task.loss(model, batch)
-        value = loss.item()
-        if has_penalty:
-            loss = loss + spec.recipe.penalty_of(model)
-        if not math.isfinite(value):
-            return out | _diverged(step, f"training loss became {value}", curve)
-        loss.backward()
-        for o in optimizers:
-            o.step()
-        losses.append(value)
-        if step in marks:
-            seconds += time.perf_counter() - clock
-            score = scored(held if only and held is not None else test)
-            curve.append([step, seconds, score, sum(losses) / len(losses)])
-            losses = []
-            if not math.isfinite(score):
-                return out | _diverged(step, f"score became {score}", curve)
-            clock = time.perf_counter()
-    out |= {"train_loss": curve[-1][3], "step_seconds": seconds / spec.stop}
-    if held is not None:
-        out |= {"valid": curve[-1][2] if only else scored(held), "valid_loss": _loss_on(task, model, held, spec)}
+        out["signal"] = _signal(task, model, fit, spec.device)
+    data_seed = stream(spec.seed, "data")
+    common: dict[str, Any] = {"rate": spec.rate, "steps": spec.steps, "device": spec.device}
+    try:
+        if task.own_loop:
+            done = by_the_user(task, spec.recipe, model, fit, parts, seed=spec.seed, data_seed=data_seed, **common)
+        else:
+            done = by_the_lab(task, spec.recipe, model, fit, parts, seed=data_seed, stop=spec.stop, **common)
+    except Diverged as error:
+        return out | {"status": "diverged", "reason": str(error), "curve": error.curve}
+    out |= {"train_loss": done["train_loss"], "step_seconds": done["step_seconds"], "score": done["scores"].get("test")}
+    if "valid" in parts:
+        out |= {"valid": done["scores"]["valid"], "valid_loss": _loss_on(task, done["model"], parts["valid"], spec)}
         if not math.isfinite(out["valid"]):
-            return out | _diverged(spec.stop, f"validation score became {out['valid']}", curve)
-    return (
-        out | {"status": "ok", "curve": [], "score": None}
-        if only
-        else out | {"status": "ok", "curve": curve, "score": curve[-1][2]}
-    )
+            reason = f"validation score became {out['valid']} at step {spec.stop}"
+            return out | {"status": "diverged", "reason": reason, "curve": done["curve"]}
+    return out | {"status": "ok", "curve": done["curve"] if "test" in parts else []}
 
 
 @torch.no_grad()
-def _loss_on(task: Task, model: nn.Module, held: Batch, spec: RunSpec) -> float:
+def _loss_on(task: Task, model: nn.Module, held: Any, spec: RunSpec) -> float:
     """Mean loss on held-out examples, batch by batch, to break ties by: over the first `TIE_BATCHES` of them.
 
-    What it draws follows the seed. Infinite where it is no number.
+    What it draws follows the seed. Infinite where it is no number; 0 where a task with a loop of its own has no loss
+    that the lab can take.
     """
     torch.manual_seed(stream(spec.seed, "validation"))
     model.eval()
-    total, size = 0.0, task.settings.batch
-    n = min(len(held[0]), TIE_BATCHES * size)
-    for at in range(0, n, size):
-        part = tuple(t[at : min(n, at + size)] for t in held)
-        total += float(task.loss(model, part)) * len(part[0])
-    return total / n if math.isfinite(total) else math.inf
+    total, seen = 0.0, 0
+    try:
+        for batch in islice(once(held, task.settings.batch), TIE_BATCHES):
+            n = count(batch)
+            with cast(task.settings.precision, spec.device):
+                total += float(task.loss(model, batch)) * n
+            seen += n
+    except Exception:
+        if task.own_loop:
+            return 0.0
+        raise
+    return total / seen if math.isfinite(total) else math.inf
 
 
-def _diverged(step: int, why: str, curve: list[list[float]]) -> dict[str, Any]:
-    return {"status": "diverged", "reason": f"{why} at step {step}", "curve": curve}
-
-
-def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate at 1-based `step`: linear warm-up over 5% of the steps, then cosine to zero.
-
-    >>> [round(schedule(s, 100), 3) for s in (1, 5, 52, 100)]
-    [0.2, 1.0, 0.516, 0.0]
-    """
-    warm = max(1, round(WARM_UP * steps))
-    if step <= warm:
-        return step / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm + 1)))
-
-
-def _signal(task: Task, model: nn.Module, fit: Batch) -> list[dict[str, Any]]:
+def _signal(task: Task, model: nn.Module, fit: Any, device: str) -> list[dict[str, Any]]:
     """Forward and backward signal by layer before training; empty where the look fails (the run goes on)."""
     try:
-        few = tuple(t[:START_BATCH] for t in fit)
+        few = moved(some(fit, START_BATCH), device)
         return measure(model, task.inputs(few), loss=lambda m, _: task.loss(m, few)).table()
-    except (AttributeError, BadInput):
+    except Exception as error:
+        if not task.own_loop and not isinstance(error, (AttributeError, BadInput)):
+            raise
         return []
