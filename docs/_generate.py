@@ -98,7 +98,7 @@ def generate(docs: Path) -> list[Path]:
         pages[docs / "methods" / f"{p.key}.md"] = lead + page(p, site=True)
     pages[docs / "methods" / "index.md"] = alphabetical(catalogue())
     pages[docs / "methods" / "_choices.md"] = choices()
-    pages[docs / "methods" / "_calibration.md"] = findings("calibration") + "\n"
+    pages[docs / "methods" / "_calibration.md"] = f"{calibrated()}\n{findings('calibration')}\n"
     for what in ("starts", "adapters"):
         pages[docs / "methods" / f"_league_{what}.md"] = league(docs / "league", what)
     for room in ROOMS:
@@ -119,6 +119,42 @@ def generate(docs: Path) -> list[Path]:
         for stale in set((docs / folder).iterdir()) - pages.keys() - pictures.keys():
             stale.unlink()
     return sorted(pages)
+
+
+def calibrated() -> str:
+    """How often equals were called different and planted differences were, by task and units, from the recorded evidence."""
+    found = {r["name"]: r["measured"] for r in replicated("calibration")}
+    equals, power = found.get("equals_are_rarely_called_different"), found.get("planted_differences_are_called")
+    parts = []
+    if equals:
+        cells = {k: v["rate"] for k, v in equals["each_unit_tuned"].items()}
+        before = {k: v["rate"] for k, v in equals["tuned_once"].items()}
+        units = list(dict.fromkeys(k.rpartition(", ")[2] for k in cells))
+        rows = []
+        for task in dict.fromkeys(k.rpartition(", ")[0] for k in cells):
+            now = [cells[f"{task}, {u}"] for u in units]
+            old = [before.get(f"{task}, {u}") for u in units]
+            told = [f"{a:.1%}" + (f" ({b:.0%})" if b is not None else "") for a, b in zip(now, old)]
+            rows.append((task, *told))
+        pooled = equals["pooled"]
+        parts.append(
+            "Tables of equals that were called different (in brackets: under the older rule, one rate for all seeds, tuned once "
+            f"on two others); pooled {pooled['each unit tuned']:.1%}, under the older rule {pooled['tuned once']:.0%}:\n\n"
+            + _table(("Task", *units), rows)
+        )
+    if power:
+        rows = []
+        for task, rates in power["called"].items():
+            planted = {k.partition(", ")[0]: {} for k in rates}
+            for k, v in rates.items():
+                planted[k.partition(", ")[0]][k.partition(", ")[2]] = v
+            units = list(next(iter(planted.values())))
+            rows += [(task, size, *(f"{by[u]:.0%}" for u in units)) for size, by in planted.items()]
+        parts.append(
+            "Tables with a planted difference, in standard deviations of a unit's score over seeds, that were called:\n\n"
+            + _table(("Task", "Planted", *units), rows)
+        )
+    return "\n".join(parts)
 
 
 def alphabetical(papers: Iterable[Paper]) -> str:

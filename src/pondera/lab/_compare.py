@@ -17,7 +17,7 @@ from pondera._losses import check_fit, given_scores
 from pondera._versions import versions
 from pondera.errors import BadInput
 from pondera.lab.data import head, some
-from pondera.lab.execute import Executor, executor, warm
+from pondera.lab.execute import Executor, executor, visible_gpus, warm
 from pondera.lab.loop import Diverged, by_the_user
 from pondera.lab.plan import TRIALS, Block, Design, Plan, Unit
 from pondera.lab.recipe import Recipe, as_recipe
@@ -80,7 +80,7 @@ def compare(
             is one rate and a recipe searches something).
         until_decided: add seeds (to 8, 12, 18, ...) for the recipes without a verdict, up to `max_seeds`; the chance
             of a false call stays 5% over all looks.
-        workers: local processes; None takes one a core. 1 runs in this process.
+        workers: local processes; None takes one a core, or one a visible card with ``device="cuda"``. 1 runs in this process.
         store: file of finished runs, or a database URL; ``"sqlite://"`` keeps nothing. fresh: repeat what it holds.
         ray: address of a running Ray cluster ("auto" for the one started here) instead of local processes.
         device: where the models live. threads: torch threads of one run (results may differ in the last digit).
@@ -99,7 +99,8 @@ def compare(
     chosen = [as_recipe(r) for r in recipes]
     given = [str(r) if not isinstance(r, str) else r for r in recipes]
     design = _design(task, chosen, range(first_seed, first_seed + seeds), budget, rates, trials, device, threads)
-    workers = (os.cpu_count() or 1) if workers is None else workers
+    gpus = len(visible_gpus(device))
+    workers = (gpus or os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise BadInput(f"workers must be at least 1, got {workers}")
     if run_timeout is not None and not run_timeout > 0:
@@ -121,7 +122,7 @@ def compare(
     say = _reporter(progress, task, plan)
     new = 0
     try:
-        new = _carry_out(plan, kept, hands, say)
+        new = _carry_out(plan, kept, hands, say, -(-workers // gpus) if gpus and ray is None else 1)
     except KeyboardInterrupt:
         raise Stopped(len(plan.results), plan.expected) from None
     finally:
@@ -158,8 +159,11 @@ class _Hands:
             self._held.close()
 
 
-def _carry_out(plan: Plan, kept: Store, hands: _Hands, say: Say) -> int:
-    """Run what is missing until the plan is complete; how many runs were carried out here."""
+def _carry_out(plan: Plan, kept: Store, hands: _Hands, say: Say, share: int = 1) -> int:
+    """Run what is missing until the plan is complete; how many runs were carried out here.
+
+    share: runs that share a card; where there are several, one goes alone first, and what it took is looked at.
+    """
     waiting: dict[str, Any] = {}  # wanted, not started, in the order they came up
     elsewhere: dict[str, Any] = {}  # claimed by others
     flying: set[str] = set()
@@ -174,7 +178,7 @@ def _carry_out(plan: Plan, kept: Store, hands: _Hands, say: Say) -> int:
             continue
         if plan.done:
             return new
-        while waiting and hands.held.free:
+        while waiting and hands.held.free and not (share > 1 and new == 0 and flying):
             key, spec = next(iter(waiting.items()))
             del waiting[key]
             if kept.claim(spec):
@@ -189,6 +193,8 @@ def _carry_out(plan: Plan, kept: Store, hands: _Hands, say: Say) -> int:
                 flying.discard(spec.key)
                 plan.tell(spec.key, result)
                 new += 1
+                if new == 1 and share > 1:
+                    _check_room(result, share)
         elif elsewhere:
             time.sleep(0.2)  # everything left is in other hands
         if elsewhere and time.monotonic() - asked > 0.5:
@@ -199,6 +205,19 @@ def _carry_out(plan: Plan, kept: Store, hands: _Hands, say: Say) -> int:
                 plan.tell(key, result)
             waiting |= elsewhere  # whoever had them may be gone: they are claimed again when there is room
             elsewhere = {}
+
+
+def _check_room(result: dict[str, Any], share: int) -> None:
+    """BadInput where so many runs as the first do not fit on one card."""
+    took = result.get("peak_memory")
+    if not took:
+        return
+    room = torch.cuda.get_device_properties(0).total_memory
+    if took * share > 0.95 * room:
+        raise BadInput(
+            f"{share} runs do not fit on one GPU: the first took {took / 2**30:.1f} GiB of its {room / 2**30:.1f}; give at most "
+            f"{max(1, int(0.95 * room // took))} workers a card (what is finished is kept)"
+        )
 
 
 def _words(plan: Plan) -> str:

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any, Protocol
 
@@ -40,7 +40,9 @@ def executor(
         return Ray(ray, threads, device, timeout, work)
     if workers == 1 and timeout is None:
         return Inline(work)
-    return Processes(workers, threads, timeout, work)  # a run that is to be stopped needs a process of its own
+    return Processes(
+        workers, threads, timeout, work, gpus=visible_gpus(device)
+    )  # a run that is to be stopped needs a process of its own
 
 
 # -- here -------------------------------------------------------------------------------------------------------------
@@ -81,8 +83,10 @@ class Processes:
     that is the run's result. Processes begin when they are needed and stay for the runs that follow.
     """
 
-    def __init__(self, workers: int, threads: int, timeout: float | None = None, work: Work = run):
-        self._begin = lambda: _Worker(threads, work)
+    def __init__(
+        self, workers: int, threads: int, timeout: float | None = None, work: Work = run, gpus: Sequence[str] = ()
+    ):
+        self._begin = lambda slot: _Worker(threads, work, gpus[slot % len(gpus)] if gpus else None)
         self._timeout = timeout
         self._slots: list[_Worker | None] = [None] * workers
         self._running: dict[int, _Running] = {}
@@ -103,7 +107,7 @@ class Processes:
             worker.end()
             worker = None
         if worker is None:
-            worker = self._slots[slot] = self._begin()
+            worker = self._slots[slot] = self._begin(slot)
         self._running[slot] = running
         if worker.ready:
             self._send(worker, running)
@@ -195,12 +199,13 @@ class _Running:
 class _Worker:
     """A process that carries out one run after the other. ready: it has begun, and takes runs."""
 
-    def __init__(self, threads: int, work: Work):
+    def __init__(self, threads: int, work: Work, gpu: str | None = None):
         context = _context()
         self.ready = self._ended = self._started = False
         self.pipe, self._theirs = context.Pipe()
         # a daemon ends with this process; `_serve` undoes what else that means
-        given = (self._theirs, threads, work, dict(os.environ))
+        sees = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}  # so that "cuda" is this worker's own card
+        given = (self._theirs, threads, work, os.environ | sees)
         self._process = context.Process(target=_serve, args=given, daemon=True)
         _in_background(self._start)  # the server of processes may still be importing
 
@@ -233,6 +238,19 @@ class _Worker:
         if self._started and self._process.pid:
             self._process.kill()
             self._process.join(5.0)
+
+
+def visible_gpus(device: str) -> list[str]:
+    """The cards that runs on ``cuda`` are spread over, by the names CUDA knows them by; none for another device.
+
+    A device with a number, such as ``cuda:1``, is that card for every run.
+    """
+    if device != "cuda":
+        return []
+    import torch
+
+    given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return given or [str(i) for i in range(torch.cuda.device_count())]
 
 
 def _context() -> Any:

@@ -1,7 +1,7 @@
 """What a comparison runs: every unit, a recipe at a seed, is tuned for itself; a pure function of what is finished.
 
-A unit tries T points of its recipe's space for a quarter of the steps, under a schedule of that length (a quarter of a
-longer schedule would rank rates by who is already warm); the best third by validation is trained to the end, and the one
+A unit tries T points of its recipe's space for a quarter of the steps, under a schedule of that length (whole runs in
+little); the best third by validation is trained to the end, and the one
 that validates best there is the unit: its test score is the unit's score. Ties go to the lower validation loss. Where the
 best point of any recipe lies at an end of its space, that space is extended one step beyond, and every other recipe of
 that seed gets a further trial too, its next best; at most twice.
