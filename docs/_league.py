@@ -36,7 +36,7 @@ ADAPTERS = (  # PEFT's and ours, of sizes for layers of width 128 to 384
     "Svft(off_diagonal=8)", "Oft(block_size=16)", "Givens(form='scaled')", "Dota(r=8,n_cores=3)",
 )  # fmt: skip
 ADAPTED: dict[str, tuple[str, ...]] = {
-    "gpt": ("--budget", "40", "--seeds", "5", "--rates", "0.001,0.003,0.01,0.03"),
+    "gpt": ("--budget", "40", "--seeds", "3", "--rates", "0.001,0.003,0.01,0.03"),
     "minilm": ("--budget", "80", "--seeds", "6", "--rates", "0.0003,0.001,0.003,0.01,0.03"),
 }
 

@@ -227,10 +227,11 @@ def _draw(lab: Lab, ours: dict[tuple[str, int], Rate], theirs: dict[tuple[str, i
             spread = [[r.rate - r.low for r in here], [r.high - r.rate for r in here]]
             ax.errorbar(at, [r.rate for r in here], spread, marker="o", ms=3, lw=1, color=colours[where], label=where)
         ax.axhline(LEVEL, color="black", lw=0.8, ls=":")
-        ax.set(xscale="log", xlabel="units", title=title, ylim=(0, None))
+        ax.set(xscale="log", xlabel="units", title=title)
         ax.set_xticks(SIZES, [str(n) for n in SIZES])
         ax.minorticks_off()
-    axes[0].set(ylabel="tables of equals with a verdict")
+    top = max(r.high for r in (*ours.values(), *theirs.values()))
+    axes[0].set(ylabel="tables of equals with a verdict", ylim=(0, 1.02 * top))  # of both: they share it
     axes[0].legend(fontsize=7, frameon=False)
     lab.figure("equals", fig)
     plt.close(fig)
