@@ -10,10 +10,10 @@ import torch
 
 from pondera.lab import Recipe, compare, load_task
 from pondera.lab import _compare as comparing
+from pondera.lab.data import batches
 from pondera.lab.execute import Inline
 from pondera.lab.plan import Plan
 from pondera.lab.store import Store
-from pondera.lab.data import batches
 from pondera.lab.train import RunSpec, schedule, stream
 from pondera.lab.train import run as lab_run
 
