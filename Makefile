@@ -18,9 +18,9 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[test,docs]'
 	touch $@ $(VENV)/.lab
 
-demo: $(VENV)/.lab  ## compare starts, optimizers and a penalty on the digits; leaves report.html
-	$(BIN)/pondera compare digits --init lsuv --init zero --optim "SGD(momentum=0.9)" --optim NorMuon \
-		--penalty norm_loss --parametrize weight_norm --seeds 5 --report report.html
+demo: $(VENV)/.lab  ## compare starts and an optimizer on a deep net, in a minute; leaves report.html
+	$(BIN)/pondera compare deep --init lsuv --init orthogonal --optim "SGD(momentum=0.9)" \
+		--seeds 5 --budget 100 --rates 0.001,0.003,0.01,0.03 --report report.html
 
 test: lint  ## everything that must hold; the tests' own extras are installed first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -2,8 +2,10 @@
 
 The rooms load when first used: ``pondera.init`` (where weights start), ``pondera.parametrize`` (how they are held),
 ``pondera.nn`` (layers that hold them so), ``pondera.penalties`` (what pulls on them), ``pondera.optim`` (how they
-move), ``pondera.probe`` (how they are looked at), ``pondera.lab`` (fair comparisons), ``pondera.papers`` (the
-catalogue), ``pondera.replications`` (claims re-run).
+move), ``pondera.probe`` (how they are looked at), ``pondera.adapters`` (reuse, as PEFT methods), ``pondera.merge``
+(several models into one), ``pondera.lab`` (fair comparisons), ``pondera.doctor`` (a look before training),
+``pondera.customize`` (one image to a diffusion adapter), ``pondera.papers`` (the catalogue),
+``pondera.replications`` (claims re-run).
 
 >>> import pondera
 >>> "lsuv_" in dir(pondera.init)
@@ -12,11 +14,48 @@ True
 
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what type checkers and editors see of the rooms that load later
+    from pondera import (
+        adapters,
+        customize,
+        doctor,
+        init,
+        lab,
+        linalg,
+        merge,
+        nn,
+        optim,
+        papers,
+        parametrize,
+        penalties,
+        probe,
+        replications,
+        report,
+    )
 
 __version__ = "0.1.0"
 
-_DOORS = ("init", "lab", "linalg", "nn", "optim", "papers", "parametrize", "penalties", "probe", "replications")
-__all__ = [*_DOORS, "__version__"]
+__all__ = [
+    "__version__",
+    "adapters",
+    "customize",
+    "doctor",
+    "init",
+    "lab",
+    "linalg",
+    "merge",
+    "nn",
+    "optim",
+    "papers",
+    "parametrize",
+    "penalties",
+    "probe",
+    "replications",
+    "report",
+]
+_DOORS = tuple(name for name in __all__ if not name.startswith("_"))
 
 
 def __getattr__(name: str) -> ModuleType:

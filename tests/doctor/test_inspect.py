@@ -423,18 +423,46 @@ def test_table_json_plot_and_summary():
     assert text["starts"][0]["name"] == "lsuv"
     assert len(text["bias"]["fractions"]) == 5
     summary = found.summary()
-    assert "First to mend: after 2 (Linear) the signal has shrunk" in summary
+    assert summary.startswith('First to mend: after layer 3 ("2", Linear) the signal has shrunk')
     assert "pondera.init.lsuv_(model, batch)" in summary
+    assert "lsuv" not in found.summary(advice=False)
+    assert "Starts worth trying" not in found.summary(advice=False)
     fig = found.plot()
     assert fig.layout.yaxis.type == "log"
     assert [d.name for d in fig.data] == ["signal", "gradient"]
-    assert [t.split()[0] for t in fig.data[0].text] == [str(i) for i in range(0, 13, 2)]
+    assert [t.split('"')[1] for t in fig.data[0].text] == [str(i) for i in range(0, 13, 2)]
     assert list(fig.data[0].y) == [r.signal for r in found.layers if r.role == "weight"]
     assert list(found.plot("jacobian").data[0].y) == pytest.approx(found.singular_values.tolist())
     assert sum(found.plot("ntk").data[0].y) == pytest.approx(1, abs=1e-6)
     assert sum(found.plot("bias").data[0].y) == pytest.approx(1, abs=1e-6)
     with pytest.raises(BadInput, match="draws signal, jacobian, ntk, bias, got 'signals'; did you mean signal"):
         found.plot("signals")
+
+
+def test_layers_go_by_one_number_and_name_everywhere(tmp_path):
+    """In the table in the terminal, on the page, as data, on the figure's axis and in words."""
+    found = inspect(_scaled_mlp(), data())
+    (fault, *_), numbers = found.faults, {r["layer"]: r["number"] for r in found.table()}
+    assert (fault.layer, fault.number, numbers["2"]) == ("2", 3, 3)
+    assert 'layer 3 ("2", Linear)' in fault.words
+    printed = [line.split()[:3] for line in found.summary().splitlines()]
+    figure = found.plot()
+    assert list(figure.data[0].x) == [n for n in numbers.values() if n % 2]
+    assert [int(k) for k in figure.layout.xaxis.tickvals] == list(range(2, 14, 2))
+    assert figure.layout.shapes[0].x0 == 3
+    text = found.report(tmp_path / "found.html", small=True).read_text(encoding="utf-8")
+    for r, x, said in zip([r for r in found.layers if r.role == "weight"], figure.data[0].x, figure.data[0].text):
+        assert [str(x), r.layer, r.kind] in printed
+        assert said == f'layer {x} ("{r.layer}", {r.kind})'
+        assert f'<td>{x}</td><th scope="row"><span class="name">{r.layer}</span></th>' in text
+
+
+def test_findings_come_before_the_table(tmp_path):
+    found = inspect(_scaled_mlp(), data())
+    summary = found.summary()
+    assert summary.index("First to mend") < summary.index("Starts worth trying") < summary.index("#  layer")
+    text = found.report(tmp_path / "found.html", small=True).read_text(encoding="utf-8")
+    assert text.index("the signal has shrunk") < text.index("Worth trying first") < text.index("Every layer</h2>")
 
 
 def test_tangent_spectrum_is_that_of_the_gradients():
@@ -460,7 +488,7 @@ def test_page_of_findings(tmp_path):
     net = _scaled_mlp()
     path = inspect(net, data(), target=torch.arange(128) % 5).report(tmp_path / "found.html", name="my <net>")
     text = path.read_text(encoding="utf-8")
-    assert "<h1>my &lt;net&gt;: vanishing signal at 2</h1>" in text
+    assert "<h1>my &lt;net&gt;: vanishing signal at layer 3 (&quot;2&quot;)</h1>" in text
     assert "http-equiv" in text
     for key in ("signal", "jacobian", "ntk", "bias"):
         assert f'class="plot" id="{key}"' in text

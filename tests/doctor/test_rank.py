@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import pondera.init
-from pondera.doctor import rank_starts
+from pondera.doctor import Ranking, Trial, inspect, rank_starts
 from pondera.doctor._rank import HELD, RATES, STEPS
 from pondera.errors import BadInput
 from pondera.lab import load_task
+from pondera.lab.data import batches
 from pondera.lab.recipe import Recipe
-from pondera.lab.task import batches
 from pondera.lab.train import prepare, stream
 
 QUICK = {"seconds": 0.01}  # the fewest steps; only what is named is tried
@@ -57,6 +57,43 @@ def test_ranked_by_loss_with_gain_on_the_model_as_built():
     assert [r["recipe"] for r in found.to_json()["trials"]] == [t.name for t in found.trials]
 
 
+def ranking(**losses):
+    """A ranking of these losses, "built" that of the model as built."""
+    trials = [
+        Trial(Recipe(init=None if k == "built" else k), v, losses["built"] - v, 0.01, (), "", 1.0)
+        for k, v in losses.items()
+    ]
+    return Ranking(load_task("deep"), tuple(sorted(trials, key=lambda t: t.loss)), {}, 8, (0.01,), 1.0)
+
+
+def test_the_ranking_decides_and_nothing_else_is_advised(tmp_path):
+    task = load_task("deep")
+    torch.manual_seed(0)
+    found = inspect(task.build(), task.data()[0][0][:64])
+    assert found.starts[0].name == "lsuv"
+    other = ranking(built=2.3, lsuv=0.9, edge_of_chaos=0.4)
+    assert other.advice.name == "init=edge_of_chaos"
+    told = "Of 2 starts tried on this model init=edge_of_chaos did best: held-out loss 0.400, as built 2.300."
+    assert other.summary().startswith(told)
+    text = found.report(tmp_path / "found.html", other, "deep", small=True).read_text(encoding="utf-8")
+    assert told in text
+    assert "Worth trying" not in text
+    assert "worth trying" not in text
+    assert "edge_of_chaos_(" in text
+    assert "lsuv_(" not in text
+    data = found.to_json(other)
+    assert (data["starts"], data["tried"]["advice"]) == ([], "init=edge_of_chaos")
+    assert found.to_json()["starts"][0]["name"] == "lsuv"
+
+
+def test_a_ranking_that_none_won_advises_none(tmp_path):
+    none = ranking(built=0.4, lsuv=0.9)
+    assert none.advice is None
+    assert none.summary().startswith("None of the 1 start tried on this model did better than the model as built.")
+    assert "lsuv_(" not in none.summary()
+    assert none.to_json()["advice"] is None
+
+
 def test_what_does_not_fit_is_said_and_the_rest_is_tried(tiny):
     found = rank_starts(tiny, ["init=convolution_aware", "init=orthogonal"], seconds=5)
     assert "found no convolution" in found.left_out["init=convolution_aware"]
@@ -86,7 +123,7 @@ def test_divergence_is_infinite_not_an_error(tmp_path):
     )
     found = rank_starts(path, ["init=orthogonal(gain=1.0)"], seconds=5)
     assert all(math.isinf(t.loss) for t in found.trials)
-    assert "no start did better" in found.summary().lower()
+    assert "did better than the model as built" in found.summary()
 
 
 def test_bad_seconds(tiny):

@@ -27,5 +27,5 @@ def table_of(process, timeout=240):
     """The table a command printed, less what depends on the clock."""
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == 0, err
-    clock = ("step_seconds", "start_seconds", "equal_time_difference", "equal_time_verdict")
+    clock = ("step_seconds", "start_seconds", "equal_time_difference", "equal_time_verdict", "peak_memory")
     return [{k: v for k, v in row.items() if k not in clock} for row in json.loads(out)]

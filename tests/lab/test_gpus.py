@@ -1,6 +1,6 @@
 """Runs on several cards, as far as that can be seen without one: who sees which, and that memory is looked at first."""
 
-import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +9,7 @@ from pondera.errors import BadInput
 from pondera.lab import _compare, compare
 from pondera.lab.execute import Processes, visible_gpus
 
-
-def sees(spec):
-    return {"status": "ok", "card": os.environ.get("CUDA_VISIBLE_DEVICES"), "wall": 0.0}
+from . import naps
 
 
 def test_cards_are_those_that_cuda_is_told_of(monkeypatch):
@@ -23,15 +21,16 @@ def test_cards_are_those_that_cuda_is_told_of(monkeypatch):
     assert visible_gpus("cpu") == visible_gpus("cuda:1") == []
 
 
-def test_each_worker_sees_a_card_of_its_own_in_turn():
-    hands = Processes(3, 1, None, sees, gpus=["4", "7"])
+def test_each_worker_sees_a_card_of_its_own_in_turn(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))  # where the workers find this package
+    hands = Processes(3, 1, None, naps.work, gpus=["4", "7"])
     try:
         for i in range(3):
-            hands.submit(i)
+            hands.submit(naps.Nap(str(i), "import os; out['card'] = os.environ.get('CUDA_VISIBLE_DEVICES')"))
         found = {}
         while len(found) < 3:
-            found |= {spec: result["card"] for spec, result in hands.wait(30)}
-        assert found == {0: "4", 1: "7", 2: "4"}
+            found |= {spec.key: result["card"] for spec, result in hands.wait(30)}
+        assert found == {"0": "4", "1": "7", "2": "4"}
     finally:
         hands.close()
 

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from pondera.errors import BadInput
-from pondera.papers import catalogue, paper, status
-from pondera.replications import evidence, keys
+from pondera.papers import catalogue, instead, paper, replications, status, to_reproduce
+from pondera.replications import evidence, keys, room
 from pondera.replications._claims import evidence_folder
 
 ROOMS = ("init", "parametrize", "nn", "penalties", "optim", "probe", "adapters", "merge")
@@ -64,6 +64,72 @@ def test_every_built_row_of_ours_has_replication_and_evidence():
         if p.objects:
             assert p.key in keys(), f"{p.key} has objects and no replication"
             assert evidence(p.key), f"{p.key} has objects and no evidence"
+
+
+def test_replications_and_evidence_are_found_without_importing_one():
+    assert replications() == {key: room(key) for key in keys()}
+    for p in catalogue():
+        assert (status(p) == "tested") == bool(p.objects and evidence(p.key))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lsuv",
+        "LSUV",
+        " Lsuv ",
+        "1511.06422",
+        "1511.06422v7",
+        "arXiv:1511.06422",
+        "https://arxiv.org/abs/1511.06422",
+        "http://www.arxiv.org/pdf/1511.06422v2.pdf",
+        "All you need is a good init",
+        "lsuv_",
+        "pondera.init.lsuv_",
+    ],
+)
+def test_a_paper_by_any_of_its_names(name):
+    assert paper(name).key == "lsuv"
+
+
+def test_titles_short_titles_and_every_number():
+    assert paper("KAN: Kolmogorov-Arnold Networks").key == paper("kan").key == "kan"
+    assert paper("T-LoRA").key == "t-lora"
+    for p in catalogue():
+        assert paper(p.title).key == p.key
+        if p.arxiv:
+            assert paper(f"https://arxiv.org/abs/{p.arxiv}v3").key == p.key
+
+
+def test_a_name_of_nothing_and_a_name_of_several():
+    with pytest.raises(BadInput, match=r"no paper has the key '2999\.99999'"):
+        paper("2999.99999")
+    with pytest.raises(BadInput, match="no paper has the key ''"):
+        paper("")
+    shared = next(
+        path for p in catalogue() for path in p.objects if sum(path in q.objects for q in catalogue()) > 1
+    )  # an object that several papers name
+    with pytest.raises(BadInput, match="is in several papers: .*; name one of them"):
+        paper(shared)
+
+
+def test_what_is_built_and_near_a_planned_row():
+    for p in [p for p in catalogue() if not p.objects]:
+        near = instead(p)
+        assert len(near) == 3
+        assert all(q.objects for q in near)
+    assert any(q.room == "optim" for q in instead(paper("shampoo-4bit")))
+    assert paper("lsuv") not in instead(paper("lsuv"))
+
+
+def test_a_planned_row_has_nothing_to_reproduce():
+    planned = next(p for p in catalogue() if not p.objects and p.key not in keys())
+    with pytest.raises(BadInput, match=f"{planned.key} is planned, with no claim to re-run yet; built and near it are"):
+        to_reproduce(planned.key)
+    assert to_reproduce("1511.06422") == to_reproduce("LSUV") == "lsuv"
+    assert to_reproduce("calibration") == "calibration"  # a replication that is no paper's
+    with pytest.raises(BadInput, match="did you mean calibration"):
+        to_reproduce("calibratoin")
 
 
 def test_unknown_key_names_the_nearest():

@@ -25,6 +25,7 @@ from pondera.lab.train import schedule
 from pondera.report import _comparison as report_module
 from pondera.report._comparison import render, write
 from pondera.report._drawn import fate
+from pondera.report._figures import counts
 
 nan, inf = math.nan, math.inf
 GRID = (0.001, 0.0031622776601683794, 0.01, 0.1)
@@ -205,7 +206,8 @@ def test_a_task_that_does_not_repeat_is_told() -> None:
 def test_looks_and_what_was_searched_are_told() -> None:
     axis = ("optim", "weight_decay")
     points = [Point(GRID[1], ((axis, v),)) for v in (0.1, 0.02, 0.01)]
-    searched = row("optim=AdamW(weight_decay=log(0.001,1))", BASE, BASE, chosen=points)
+    trials = [[Tried(p, 0.9, 0.95), Tried(Point(0.1, ((axis, 0.5),)), 0.1, nan)] for p in points]
+    searched = row("optim=AdamW(weight_decay=log(0.001,1))", BASE, BASE, chosen=points, trials=trials)
     words = Page(render(comparison(row("", BASE), searched, looks=(5, 8, 12)))).words
     assert "weight_decay 0.02" in words
     assert "optim weight_decay over log(0.001,1)" in words
@@ -233,6 +235,47 @@ def test_a_broken_run_is_drawn_as_far_as_it_got() -> None:
     assert [t["x"] for t in broken] == [[0, 10]]
     mean = [t for t in found if t["meta"] == {"recipe": 1, "mode": "step"} and t["mode"] == "lines+markers"]
     assert mean[0]["y"][-1] == pytest.approx(0.955)
+
+
+def test_axes_that_count_have_whole_numbers_alone() -> None:
+    found = specs(render(ALL))
+    assert found["signal"]["layout"]["xaxis"]["tickvals"] == [1, 2, 3, 4]
+    assert found["signal"]["data"][0]["x"] == [1, 3, 4]  # as `inspect` numbers them, activations counted
+    assert found["curves"]["axes"]["step"]["tickvals"] == [0, 5, 10, 15, 20]
+    assert "tickvals" not in found["curves"]["axes"]["second"]
+    for low, high in ((0, 1), (1, 1), (1, 7), (0, 300), (1, 79), (0, 123_456)):
+        marks = counts("", low, high)["tickvals"]
+        assert 1 <= len(marks) <= 8
+        assert all(isinstance(k, int) and low <= k <= high for k in marks)
+
+
+def curve(late: float) -> list[list[float]]:
+    return [[0, 0.0, 0.1, nan], [10, 0.1, late - 0.1, 1.0], [20, 0.2, late, 0.5]]
+
+
+def test_the_close_up_comes_first_where_curves_coincide() -> None:
+    near = [row("", BASE), row("init=orthogonal", BASE, BASE, curves=[curve(0.93)] * 3)]
+    far = [row("", BASE), row("init=orthogonal", BASE, BASE, curves=[curve(0.5)] * 3)]
+    for rows, close in ((near, True), (far, False), (near[:1], False)):
+        text = render(comparison(*rows))
+        assert specs(text)["curves"]["close"] is close
+        on = [a["value"] for a in Page(text).all("input") if "checked" in a]
+        assert on == ["step", "close" if close else "all"]
+
+
+def test_what_could_have_been_shown_stands_once_on_its_card() -> None:
+    same = [row("", BASE), *(row(r, BASE[::-1], BASE) for r in ("init=orthogonal", "init=lsuv"))]
+    words = Page(render(comparison(*same))).words
+    assert words.count("would have been seen in four of five tables") == 1
+    assert words.count("3 seeds would show a difference of") == 2  # in the table, recipe by recipe
+
+
+def test_how_it_was_done_is_told_in_sentences_of_bearable_length() -> None:
+    for looks, tuned in (((), True), ((5, 8), True), ((), False)):
+        text = render(comparison(row("", BASE), looks=looks, tuned=tuned, rates=GRID if tuned else (0.01,)))
+        told = re.sub("<[^>]*>", " ", text[text.index('id="method"') : text.index("In figures")])
+        for sentence in re.split(r"[.:;]\s", told):
+            assert len(sentence.split()) <= 32, sentence
 
 
 def test_no_signal_no_figure() -> None:
@@ -321,7 +364,7 @@ def test_an_unwritable_place_leaves_the_old_report(tmp_path: Path, monkeypatch: 
 
 def test_a_failing_render_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "r.html").write_text("old")
-    monkeypatch.setattr(report_module, "_method", lambda c: 1 / 0)
+    monkeypatch.setattr(report_module, "method", lambda c: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write(ALL, tmp_path / "r.html")
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]

@@ -42,7 +42,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return replace(c, rows=rows).report(tmp_path_factory.mktemp("report") / "report.html")
 
 
-def open_page(page: Path, width: int, scheme: str = "light") -> Any:
+DRAWN = f"{PLOTS}.every((p) => p.querySelector('svg.main-svg'))"
+
+
+def open_page(page: Path, width: int, scheme: str = "light", drawn: str = DRAWN) -> Any:
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -58,7 +61,7 @@ def open_page(page: Path, width: int, scheme: str = "light") -> Any:
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
     driver.get(page.as_uri())
-    wait_for(driver, f"{PLOTS}.every((p) => p.querySelector('svg.main-svg'))")
+    wait_for(driver, drawn if drawn.startswith("return") else f"return {drawn}")
     return driver
 
 
@@ -85,6 +88,28 @@ def test_nothing_is_asked_of_the_network_and_nothing_is_wrong(browser: Any, page
     assert page.as_uri() in ours
     assert [url for url in ours if url != page.as_uri() and not url.startswith(("data:", "blob:"))] == []
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+
+
+def test_the_verdict_is_seen_without_scrolling(browser: Any) -> None:
+    """On a phone of 400 x 800 too: title, lead and the first group whole, with nothing but one line above."""
+    boxes = browser.execute_script(
+        """scrollTo(0, 0); return ['h1', '.lead', '.card'].map((s) => {
+        const r = document.querySelector(s).getBoundingClientRect(); return [r.top, r.bottom]; })"""
+    )
+    assert boxes[0][0] < (60 if browser.wide == 400 else 110)
+    assert all(bottom < 800 for _, bottom in boxes)
+    assert all(a[1] <= b[0] + 1 for a, b in pairwise(boxes))
+
+
+def test_no_number_stands_twice_along_an_axis(browser: Any) -> None:
+    ticks = browser.execute_script(
+        PLOTS + ".map((p) => [p.id, [...p.querySelectorAll('.xtick text')].map((t) => t.textContent)])"
+    )
+    for which, words in ticks:
+        assert len(set(words)) == len(words) > 0, which
+    along = dict(ticks)
+    assert along["signal"] == ["1", "2", "3", "4", "5"]
+    assert all(w.isdigit() for w in along["curves"])
 
 
 def test_every_figure_is_drawn_inside_the_page(browser: Any) -> None:
@@ -138,7 +163,7 @@ def test_structure_for_screen_readers(browser: Any) -> None:
     assert levels.count(1) == 1
     assert all(b <= a + 1 for a, b in pairwise(levels))
     scopes = browser.execute_script("return [...document.querySelectorAll('th')].map((t) => t.scope)")
-    assert scopes.count("col") == 9
+    assert scopes.count("col") == 8
     assert scopes.count("row") == 4
     named = browser.execute_script(
         f"{PLOTS}.every((p) => p.getAttribute('role') === 'img' && p.getAttribute('aria-label').length > 20)"
@@ -283,5 +308,46 @@ def test_findings_are_drawn_inside_the_page_and_ask_for_nothing(findings: Path, 
             assert box["width"] > 200
         assert driver.execute_script("return document.documentElement.scrollWidth") <= width
         assert driver.execute_script("return document.querySelectorAll('h1 b').length") == 0
+    finally:
+        driver.quit()
+
+
+# -- pages with still figures --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pondera.report._comparison import write
+    from tests.report.test_report import ALL
+
+    return write(ALL, tmp_path_factory.mktemp("still") / "still.html", small=True)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+def test_still_figures_are_drawn_once_inside_the_page(still: Path, width: int, scheme: str) -> None:
+    driver = open_page(still, width, scheme, "document.querySelector('.plot > svg')")
+    try:
+        assert [entry for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+        shown = driver.execute_script(
+            PLOTS
+            + """.map((p) => [p.id, p.getBoundingClientRect().toJSON(), [...p.children].map((s) => s.getBoundingClientRect())
+            .filter((r) => r.width).map((r) => [r.left, r.right, r.height])])"""
+        )
+        assert len(shown) == 9
+        for which, place, boxes in shown:
+            assert len(boxes) == 1, which
+            left, right, height = boxes[0]
+            assert 0 <= place["left"] <= left < right <= place["right"] + 1 <= width + 1
+            assert height > 150
+        words = driver.execute_script(
+            """return [...document.querySelectorAll('.plot > svg text')].filter((t) => t.getBoundingClientRect().width)
+            .map((t) => { const r = t.getBoundingClientRect(), p = t.closest('svg').getBoundingClientRect();
+            const s = getComputedStyle(t).fontSize.slice(0, -2) * p.width / t.closest('svg').viewBox.baseVal.width;
+            return [t.textContent, s, r.left - p.left, p.right - r.right]; })"""
+        )
+        assert [w for w in words if w[1] < 10 or w[2] < -1 or w[3] < -1] == []  # of a readable size, and not cut off
+        ink = driver.execute_script("return getComputedStyle(document.querySelector('.plot > svg text')).fill")
+        assert ink == ("rgb(22, 25, 29)" if scheme == "light" else "rgb(233, 236, 240)")
     finally:
         driver.quit()

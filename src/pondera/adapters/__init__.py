@@ -10,13 +10,16 @@ Import this module before loading a saved adapter of ours, so that PEFT knows th
 torch.Size([1, 8])
 """
 
-from pondera.adapters.dota import DotaConfig
-from pondera.adapters.givens import GivensConfig, soft_orthogonality
-from pondera.adapters.lora_start import lora_start_
-from pondera.adapters.oft import OftConfig
-from pondera.adapters.sorsa import SorsaConfig, orthonormality, orthonormality_callback
-from pondera.adapters.svft import SvftConfig
-from pondera.adapters.t_lora import TLoraConfig, active_rank, at_timestep, plain_lora
+from pondera.errors import needs_extra
+
+with needs_extra("pondera.adapters", "adapters"):
+    from pondera.adapters.dota import DotaConfig
+    from pondera.adapters.givens import GivensConfig, soft_orthogonality
+    from pondera.adapters.lora_start import lora_start_
+    from pondera.adapters.oft import OftConfig
+    from pondera.adapters.sorsa import SorsaConfig, orthonormality, orthonormality_callback
+    from pondera.adapters.svft import SvftConfig
+    from pondera.adapters.t_lora import TLoraConfig, active_rank, at_timestep, plain_lora
 
 __all__ = [
     "DotaConfig",

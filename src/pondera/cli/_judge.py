@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pondera.errors import BadInput
+from pondera.errors import BadInput, require_extra
 
 
 def judge(
@@ -35,12 +35,14 @@ def judge(
     The table needs a row a run. Seeds that share one tuning of the hyper-parameters are not independent: give the column
     tuning, and they count as one.
     """
-    from pondera.lab import judge as run
-
+    limits = None if bounds is None else _two(bounds)
+    require_extra("pondera judge", "scipy", *(["plotly"] if report is not None else []))
     if report is not None:
         from pondera.report import check_path
 
         check_path(report)
+    from pondera.lab import judge as run
+
     named = {
         "method": method_column,
         "seed": seed_column,
@@ -53,7 +55,7 @@ def judge(
         baseline=baseline,
         lower_is_better=lower_is_better,
         resolution=resolution,
-        bounds=None if bounds is None else _two(bounds),
+        bounds=limits,
         normalise=normalise,
         columns={role: name for role, name in named.items() if name is not None},
     )

@@ -8,13 +8,17 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pondera.errors import require_extra
+
 if TYPE_CHECKING:
     from pondera.customize._train import Customized, customize, load_base, load_customized
 
+PACKAGES = ("diffusers", "accelerate", "PIL", "peft", "transformers", "aenum")  # of the extra
 __all__ = ["Customized", "customize", "load_base", "load_customized"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
+        require_extra("pondera.customize", *PACKAGES)  # now, and not at the end of a training
         return getattr(import_module("pondera.customize._train"), name)
     raise AttributeError(f"module 'pondera.customize' has no attribute {name!r}")

@@ -1,8 +1,8 @@
 """What is wrong with a start, judged from one look at it, and the starts that mend it."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -22,11 +22,16 @@ BIAS = 0.01  # p-value below which guesses are uneven; besides, one class must t
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong: at which layer, what (a key of `STARTS`), and in words."""
+    """One thing wrong: at which layer, what (a key of `STARTS`), and in words. number: the layer's, as in the table."""
 
     layer: str
     symptom: str
     words: str
+    number: int = 0
+
+    @property
+    def where(self) -> str:
+        return f'layer {self.number} ("{self.layer}")'
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,11 @@ ONLY_FOR = {  # starts that need something in the model
 }
 
 
+def at(rows: Sequence[Layer], r: Layer) -> str:
+    """A layer in words: its number in the table, its name and its kind, the same wherever it is spoken of."""
+    return f'layer {rows.index(r) + 1} ("{r.layer}", {r.kind})'
+
+
 def guessed(out: Tensor | None, target: Tensor | None) -> InitialGuessingBias | None:
     """Guesses of the classes, where the outputs score some."""
     if out is None or out.ndim < 2 or out.shape[-1] < 2 or (target is not None and target.is_floating_point()):
@@ -96,6 +106,12 @@ def guessed(out: Tensor | None, target: Tensor | None) -> InitialGuessingBias | 
 
 def judged(rows: list[Layer], values: Tensor | None, bias: InitialGuessingBias | None) -> Iterator[Fault]:
     """Faults in forward order: the layers', then the outputs'."""
+    order = {r.layer: i for i, r in enumerate(rows, 1)}
+    for f in _judged(rows, values, bias):
+        yield replace(f, number=order[f.layer])
+
+
+def _judged(rows: list[Layer], values: Tensor | None, bias: InitialGuessingBias | None) -> Iterator[Fault]:
     found = [*_broken(rows), *_forward_faults(rows), *_dead(rows), *_backward_faults(rows)]
     order = {r.layer: i for i, r in enumerate(rows)}
     told: set[tuple[str, str]] = set()
@@ -125,13 +141,11 @@ def judged(rows: list[Layer], values: Tensor | None, bias: InitialGuessingBias |
 def _broken(rows: list[Layer]) -> Iterator[Fault]:
     for r in rows:
         if not r.finite:
-            yield Fault(r.layer, "NaN or infinite", f"{r.layer} ({r.kind}) puts out NaN or infinite numbers")
+            yield Fault(r.layer, "NaN or infinite", f"{at(rows, r)} puts out NaN or infinite numbers")
             return
     for r in reversed(rows):
         if r.gradient is not None and not math.isfinite(r.gradient):
-            yield Fault(
-                r.layer, "NaN or infinite", f"the gradient is NaN or infinite at the output of {r.layer} ({r.kind})"
-            )
+            yield Fault(r.layer, "NaN or infinite", f"the gradient is NaN or infinite at the output of {at(rows, r)}")
             return
 
 
@@ -157,9 +171,7 @@ def _forward_faults(rows: list[Layer]) -> Iterator[Fault]:
         elif later is None and ratio < 1 and r.signal_in and r.signal / r.signal_in >= FORWARD[0]:
             continue
         verb, symptom = ("shrunk", "vanishing signal") if ratio < 1 else ("grown", "exploding signal")
-        yield Fault(
-            r.layer, symptom, f"after {r.layer} ({r.kind}) the signal has {verb} to {ratio:.2g} of what came in"
-        )
+        yield Fault(r.layer, symptom, f"after {at(rows, r)} the signal has {verb} to {ratio:.2g} of what came in")
         return
 
 
@@ -168,17 +180,14 @@ def _dead(rows: list[Layer]) -> Iterator[Fault]:
         later = next((s for s in rows[i + 1 :] if s.role != "activation"), None)
         received = later.dead_in if later is not None else None
         if r.role == "activation" and r.dead > DEAD:
-            yield Fault(
-                r.layer, "dead units", f"{r.dead:.0%} of the units of {r.layer} ({r.kind}) never change on this batch"
-            )
+            yield Fault(r.layer, "dead units", f"{r.dead:.0%} of the units of {at(rows, r)} never change on this batch")
             return
         if r.role != "weight" or r.signal == 0 or (i + 1 < len(rows) and rows[i + 1].role == "activation"):
             continue  # constant already, or the activation after it is a row of its own
         if later is not None and received is not None and received > DEAD:
             yield Fault(
                 r.layer, "dead units",
-                f"{received:.0%} of the units between {r.layer} ({r.kind}) and {later.layer} never change on this "
-                f"batch",
+                f"{received:.0%} of the units between {at(rows, r)} and {at(rows, later)} never change on this batch",
             )  # fmt: skip
             return
 
@@ -200,7 +209,7 @@ def _backward_faults(rows: list[Layer]) -> Iterator[Fault]:
             yield Fault(
                 weights[-1].layer,
                 "vanishing gradient",
-                f"{weights[-1].layer} ({weights[-1].kind}) passes no gradient back",
+                f"{at(rows, weights[-1])} passes no gradient back",
             )
         return
     for symptom, out_of_bounds in (
@@ -213,12 +222,12 @@ def _backward_faults(rows: list[Layer]) -> Iterator[Fault]:
                 break
             lost = i
         if 0 <= lost < len(chain) - 1:
-            at, culprit = chain[lost], chain[lost + 1]
-            ratio = at.gradient / reference  # type: ignore[operator]
+            last, culprit = chain[lost], chain[lost + 1]
+            ratio = last.gradient / reference  # type: ignore[operator]
             verb = "shrunk" if ratio < 1 else "grown"
             yield Fault(
                 culprit.layer, symptom,
-                f"before {culprit.layer} ({culprit.kind}) the gradient has {verb} to {ratio:.2g} of that at the last "
+                f"before {at(rows, culprit)} the gradient has {verb} to {ratio:.2g} of that at the last "
                 f"hidden layer",
             )  # fmt: skip
 

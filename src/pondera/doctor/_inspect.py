@@ -18,6 +18,7 @@ The first fault along the forward order is the one to mend first; those after it
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -76,11 +77,14 @@ class Inspection:
         return None if s is None or not len(s) else (float(s[0] / s[-1]) if s[-1] > 0 else math.inf)
 
     def table(self) -> list[dict[str, Any]]:
-        """One plain dict a layer."""
-        return [asdict(row) | {"shape": list(row.shape)} for row in self.layers]
+        """One plain dict a layer, numbered from 1 in the order they ran, as in all that is said of them."""
+        return [{"number": i} | asdict(row) | {"shape": list(row.shape)} for i, row in enumerate(self.layers, 1)]
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain dicts, lists, numbers and None (NaN and infinities as text)."""
+    def to_json(self, ranking: Ranking | None = None) -> dict[str, Any]:
+        """Everything as plain dicts, lists, numbers and None (NaN and infinities as text).
+
+        With a ranking also what was "tried"; it then gives the advice, and "starts" is empty.
+        """
         bias = None
         if self.bias is not None:
             bias = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in asdict(self.bias).items()}
@@ -96,51 +100,57 @@ class Inspection:
                 "bias": bias,
                 "first": asdict(self.first) if self.first else None,
                 "faults": [asdict(f) for f in self.faults],
-                "starts": [asdict(s) for s in self.starts],
+                "starts": [asdict(s) for s in self.starts] if ranking is None else [],
+                "tried": None if ranking is None else ranking.to_json(),
             }
         )
 
-    def summary(self) -> str:
-        """The table, what is wrong first, and what to try, as plain text."""
-        head = ("layer", "kind", "mean", "variance", "signal", "dead", "gradient", "gain")
-        rows = [head] + [
-            (
-                r.layer, r.kind, *(_short(v) for v in (r.mean, r.variance, r.signal)), f"{r.dead:.0%}" if r.dead ==
-                r.dead else "-", _short(r.gradient), _short(r.gain),
-            )
-            for r in self.layers
-        ]  # fmt: skip
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-            for row in rows
-        ]
-        lines.append("")
+    def summary(self, *, advice: bool = True) -> str:
+        """What is wrong first and what to try, then what was measured, layer by layer, as plain text.
+
+        advice: False leaves the starts out, for when they are tried next: what that finds decides (`rank_starts`).
+        """
+        if not self.faults:
+            lines = ["Nothing wrong found: signal, gradient and units are within bounds at every layer."]
+        else:
+            lines = [f"First to mend: {self.faults[0].words}."]
+            lines += [f"Also: {f.words}." for f in self.faults[1:]]
+        if self.starts and advice:
+            lines += ["", "Starts worth trying, the best guess first:"]
+            for start in self.starts:
+                lines += [f"  {start.name}: {start.why}", *(f"      {line}" for line in start.snippet.splitlines())]
+        return "\n".join([*lines, "", *self._measured(), "", *self._table()])
+
+    def _measured(self) -> Iterator[str]:
+        """What was measured of the whole model, a sentence each."""
         if self.singular_values is not None and len(self.singular_values):
             s = self.singular_values
             of = "random projections of the outputs" if self.projected else "the outputs"
-            lines.append(
+            yield (
                 f"Jacobian of {of} on one example: singular values {s[0]:.3g} to {s[-1]:.3g}, condition "
                 f"{_short(self.condition)}."
             )
         if self.tangent is not None and self.tangent[0] > 0:
             w = self.tangent
-            lines.append(
+            yield (
                 f"Tangent kernel on {len(w)} examples: {w[0] / w.sum():.0%} of it along one direction, effective rank "
                 f"{w.sum().square() / w.square().sum():.1f} of {len(w)}; the other directions are learnt slower."
             )
         if self.bias is not None:
-            lines.append(self.bias.summary())
-        if not self.faults:
-            lines.append("Nothing wrong found: signal, gradient and units are within bounds at every layer.")
-        else:
-            lines.append(f"First to mend: {self.faults[0].words}.")
-            lines += [f"Also: {f.words}." for f in self.faults[1:]]
-        if self.starts:
-            lines += ["", "Starts worth trying:"]
-            for start in self.starts:
-                lines += [f"  {start.name}: {start.why}", *(f"      {line}" for line in start.snippet.splitlines())]
-        return "\n".join(lines)
+            yield self.bias.summary()
+
+    def _table(self) -> list[str]:
+        head = ("#", "layer", "kind", "mean", "variance", "signal", "dead", "gradient", "gain")
+        rows = [head]
+        for i, r in enumerate(self.layers, 1):
+            dead = f"{r.dead:.0%}" if r.dead == r.dead else "-"
+            moments = (_short(v) for v in (r.mean, r.variance, r.signal))
+            rows.append((str(i), r.layer, r.kind, *moments, dead, _short(r.gradient), _short(r.gain)))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        return [
+            "  ".join(c.ljust(w) if i in (1, 2) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+            for row in rows
+        ]
 
     def plot(self, what: str = "signal") -> "Figure":
         """One plotly figure: "signal" (by layer, forward and backward), "jacobian", "ntk" (spectra) or "bias" (guesses).
@@ -159,14 +169,17 @@ class Inspection:
         plain = _examined.without_theme(figure)
         return go.Figure(data=plain["data"], layout=plain["layout"] | {"template": "simple_white"})
 
-    def report(self, path: "str | Path", ranking: Ranking | None = None, name: str = "model") -> "Path":
+    def report(
+        self, path: "str | Path", ranking: Ranking | None = None, name: str = "model", *, small: bool = False
+    ) -> "Path":
         """Write everything as one HTML file that opens offline, by atomic rename; with the starts tried, if given.
 
+        small: with still figures, for a file of tens of kB rather than 5 MB.
         Raises: BadInput: if the path is a folder, lies in a folder that does not exist, or cannot be written.
         """
         from pondera.report._inspection import write
 
-        return write(self, path, ranking, name)
+        return write(self, path, ranking, name, small=small)
 
 
 def inspect(

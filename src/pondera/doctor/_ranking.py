@@ -49,6 +49,23 @@ class Ranking:
     def best(self) -> Trial:
         return self.trials[0]
 
+    @property
+    def advice(self) -> Trial | None:
+        """The start to take: the best of those tried, None where none did better than the model as built."""
+        return next((t for t in self.trials if str(t.recipe) and t.gain > 0), None)
+
+    @property
+    def words(self) -> str:
+        """The advice as one sentence."""
+        n = sum(bool(str(t.recipe)) for t in self.trials)
+        tried = f"{n} start{'' if n == 1 else 's'} tried on this model"
+        if self.advice is None:
+            return f"None of the {tried} did better than the model as built"
+        built = next(t for t in self.trials if not str(t.recipe))
+        return (
+            f"Of {tried} {self.advice.name} did best: held-out loss {num(self.advice.loss)}, as built {num(built.loss)}"
+        )
+
     def table(self) -> list[dict[str, Any]]:
         """One plain dict a start, best first."""
         return [
@@ -62,38 +79,36 @@ class Ranking:
             {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
             for r in self.table()
         ]
-        return {"steps": self.steps, "rates": list(self.rates), "trials": rows, "left_out": self.left_out}
+        best = self.advice.name if self.advice else None
+        steps = {"steps": self.steps, "rates": list(self.rates)}
+        return steps | {"trials": rows, "left_out": self.left_out, "advice": best}
 
     def summary(self) -> str:
-        """The ranking in words, the command that tells which differences are real, and the best start's code."""
+        """The advice, its code and the command that tells which differences are real; then all that was tried."""
+        lines = [f"{self.words}."]
+        if self.advice is not None:
+            better = [t for t in self.trials if str(t.recipe) and t.gain > 0][:2]
+            choices = " ".join(f'"{t.recipe}"' for t in better)
+            lines += [
+                *(f"    {line}".rstrip() for line in self.snippet(self.advice).splitlines()),
+                "One seed and few steps: a hint, not a verdict. Which differences are real:",
+                f"    pondera compare {self.task.name if self.task.built_in else self.task.path} {choices}",
+            ]
         rows = [("start", "loss", "gain", "rate", "before training")]
         rows += [
             (t.name, num(t.loss), signed(t.gain), rate(t.rate), t.first or "nothing wrong found") for t in self.trials
         ]
         widths = [max(len(r[i]) for r in rows) for i in range(4)]
-        lines = [
+        lines += [
+            "",
             f"Starts tried on this model: loss on held-out data after {self.steps} steps, at the best of "
-            f"{len(self.rates)} rates."
+            f"{len(self.rates)} rates.",
         ]
         lines += [
             "  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:4], widths[1:])), r[4]]).rstrip()
             for r in rows
         ]
-        for name, why in self.left_out.items():
-            lines.append(f"{name}: not tried: {why}")
-        better = [t for t in self.trials if str(t.recipe) and t.gain > 0][:2]
-        if better:
-            choices = " ".join(f'"{t.recipe}"' for t in better)
-            lines += [
-                "",
-                "One seed and few steps: a hint, not a verdict. Which differences are real:",
-                f"    pondera compare {self.task.name if self.task.built_in else self.task.path} {choices}",
-                "",
-                f"{better[0].name}:",
-                *(f"    {line}" for line in self.snippet(better[0]).splitlines()),
-            ]
-        else:
-            lines += ["", "No start did better than the model as built."]
+        lines += [f"{name}: not tried: {why}" for name, why in self.left_out.items()]
         return "\n".join(lines)
 
     def snippet(self, trial: Trial | None = None) -> str:

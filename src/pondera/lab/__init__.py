@@ -8,6 +8,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pondera.errors import needs_extra, require_extra
 from pondera.lab.recipe import Recipe
 from pondera.lab.task import Settings, Task, built_in, load_task
 
@@ -30,6 +31,12 @@ _LATER = {  # heavier parts, loaded when used
     "judge": "_judge",
     "difference": "stats",
 }
+_NEEDS = {  # packages of the extra
+    "compare": ("scipy", "sqlalchemy"),
+    "difference": ("scipy",),
+    "judge": ("scipy",),
+    "plan_of": ("scipy", "sqlalchemy"),
+}
 __all__ = [
     "Comparison",
     "Cost",
@@ -51,5 +58,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
-        return getattr(import_module(f"pondera.lab.{_LATER[name]}"), name)
+        require_extra(f"pondera.lab.{name}", *_NEEDS.get(name, ()))  # now, and not after hours of work
+        with needs_extra(f"pondera.lab.{name}", "lab"):
+            return getattr(import_module(f"pondera.lab.{_LATER[name]}"), name)
     raise AttributeError(f"module 'pondera.lab' has no attribute {name!r}")

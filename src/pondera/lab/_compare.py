@@ -18,6 +18,7 @@ from pondera._versions import versions
 from pondera.errors import BadInput
 from pondera.lab.data import head, some
 from pondera.lab.execute import Executor, executor, visible_gpus, warm
+from pondera.lab.loggers import Log, Logger, logger
 from pondera.lab.loop import Diverged, by_the_user
 from pondera.lab.plan import TRIALS, Block, Design, Plan, Unit
 from pondera.lab.recipe import Recipe, as_recipe
@@ -60,6 +61,7 @@ def compare(
     threads: int = 1,
     run_timeout: float | None = None,
     progress: bool | Say = True,
+    log: Log | None = None,
 ) -> Comparison:
     """Compare recipes on a task, fairly: equal steps, equal trials, everything drawn anew for every seed, the tuning too.
 
@@ -86,6 +88,8 @@ def compare(
         device: where the models live. threads: torch threads of one run (results may differ in the last digit).
         run_timeout: seconds after which a run is stopped and counts as lost.
         progress: show bars, or lines where there is no terminal; or a function called with (done, known so far, words).
+        log: where every run that is carried out is also logged (`pondera.lab.loggers`): "mlflow", "tensorboard:FOLDER",
+            or a function called with (facts of the run, its result).
     Returns: a Comparison. A unit of which no trial finishes is marked failed; a diverged rate is a trial that lost.
     Raises: BadInput: for anything that could not work, before a run is started. Stopped: on Ctrl-C; what is finished is
         kept.
@@ -117,12 +121,13 @@ def compare(
     plan = Plan(design, max_seeds if until_decided else None)
     if until_decided:
         plan.decide = lambda blocks: _undecided(blocks, plan)
+    logged = logger(log, task.name)
     kept = Store(store, fresh=fresh)
     hands = _Hands(lambda: executor(workers, ray=ray, threads=threads, device=device, timeout=run_timeout))
     say = _reporter(progress, task, plan)
     new = 0
     try:
-        new = _carry_out(plan, kept, hands, say, -(-workers // gpus) if gpus and ray is None else 1)
+        new = _carry_out(plan, kept, hands, say, -(-workers // gpus) if gpus and ray is None else 1, logged)
     except KeyboardInterrupt:
         raise Stopped(len(plan.results), plan.expected) from None
     finally:
@@ -159,7 +164,7 @@ class _Hands:
             self._held.close()
 
 
-def _carry_out(plan: Plan, kept: Store, hands: _Hands, say: Say, share: int = 1) -> int:
+def _carry_out(plan: Plan, kept: Store, hands: _Hands, say: Say, share: int = 1, logged: Logger | None = None) -> int:
     """Run what is missing until the plan is complete; how many runs were carried out here.
 
     share: runs that share a card; where there are several, one goes alone first, and what it took is looked at.
@@ -190,6 +195,8 @@ def _carry_out(plan: Plan, kept: Store, hands: _Hands, say: Say, share: int = 1)
         if flying:
             for spec, result in hands.held.wait(0.5):
                 kept.finish(spec, result)
+                if logged is not None:
+                    logged(spec.facts(), result)
                 flying.discard(spec.key)
                 plan.tell(spec.key, result)
                 new += 1
@@ -478,6 +485,8 @@ def _rows(plan: Plan, given: Sequence[str]) -> list[Row]:
                 baseline=arm == 0,
                 resolution=resolution,
                 bounds=task.bounds,
+                seeds=tuple(u.seed for u in units),
+                peak_memory=_median([m for e in fine if (m := e.get("peak_memory")) is not None]),
             )
         )
     return _judged(rows, plan)

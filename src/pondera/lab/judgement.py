@@ -199,11 +199,11 @@ class Judgement:
         way = "lower" if self.lower_is_better else "higher"
         return f"{self.name}: {len(self.methods)} methods{on}; the baseline is {self.baseline}; {way} is better"
 
-    def report(self, path: str | Path) -> Path:
-        """Write the report, one HTML file that opens offline; atomically."""
+    def report(self, path: str | Path, *, small: bool = False) -> Path:
+        """Write the report, one HTML file that opens offline, by atomic rename; `small`: with still figures, about 100 kB."""
         from pondera.report._judgement import write
 
-        return write(self, path)
+        return write(self, path, small=small)
 
 
 def paired_scores(row: Judged, base: Judged | None) -> tuple[list[str], list[float], list[float], bool] | None:

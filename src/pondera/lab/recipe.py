@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize as torch_parametrize
 
 from pondera._weights import require_owned
-from pondera.errors import BadInput, nearest
+from pondera.errors import BadInput, missing_extra, nearest
 from pondera.lab.fingerprint import module_sources
 from pondera.lab.space import Axis, Log, OneOf, Point, Space, Uniform, make
 
@@ -30,6 +30,7 @@ _DOORS: dict[str, tuple[str, ...]] = {  # where a room's names are looked up, in
     "optim": ("pondera.optim", "torch.optim"),
 }
 _ENDING = {"adapter": "Config"}  # what a public name ends in besides the name a recipe gives; an underscore otherwise
+_EXTRA = {"adapter": "adapters"}  # the extra a room needs
 _SHARED = {  # what a recipe applies a room's methods with, whoever wrote them
     "init": "pondera._weights",
     "parametrize": "pondera._weights",
@@ -81,6 +82,12 @@ class Choice:
             return
         for name in self.kwargs:
             if name not in settable:
+                if self.room == "optim" and name in ("lr", "learning_rate", "rate"):
+                    one = self.kwargs[name]
+                    raise BadInput(
+                        f"optim={self.name} takes no {name}, for the learning rate is tuned for every recipe; to give one to all, "
+                        f"say --rates {one}, or rates=[{one}] in Python"
+                    )
                 hint = nearest(name, settable)
                 raise BadInput(
                     f"{self.room}={self.name} takes no argument {name!r}{hint} (it takes {', '.join(settable)})"
@@ -332,9 +339,10 @@ def _open(room: str, door: str) -> Any:
     try:
         return importlib.import_module(door)
     except ImportError as error:
-        if room != "adapter":
+        found = missing_extra(error, f"the recipe's {room}", _EXTRA.get(room))
+        if found is None:
             raise
-        raise BadInput(f"adapters need the extra: pip install 'pondera[adapters]' ({error})") from None
+        raise found from None
 
 
 def names(room: str) -> list[str]:
@@ -433,10 +441,19 @@ def _resolve(room: str, name: str) -> Callable[..., Any]:
         for candidate in (name + _ENDING.get(room, "_"), name):
             if candidate in public and _fits(room, candidate, getattr(module, candidate)):
                 return getattr(module, candidate)
-    known = names(room)
-    raise BadInput(
-        f"no {room} method is called {name!r}{nearest(name, known) or f' (known: {chr(44).join(known[:12])}, ...)'}"
-    )
+    raise BadInput(f"no {room} method is called {name!r}{_meant(room, name, names(room))}")
+
+
+def _meant(room: str, name: str, known: list[str]) -> str:
+    """What a name that is not known may mean, as the end of a sentence."""
+    module, dot, last = name.rpartition(".")
+    short = last.removesuffix("_").removesuffix(_ENDING.get(room, "_"))
+    same = [k for k in known if k.lower() == short.lower()]
+    if same:
+        return f"; did you mean {' or '.join(f'{room}={k}' for k in same)}?"
+    if dot:
+        return f"; an object of a module is named with a colon: {room}={module}:{last}"
+    return nearest(name, known) or f" (known: {', '.join(known[:12])}, ...)"
 
 
 def material_of(choice: Choice) -> list[str]:

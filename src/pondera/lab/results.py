@@ -1,19 +1,35 @@
 """What came of a comparison, as data: rows, their verdicts, and what was tried on the way."""
 
+import csv
+import io
 import math
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from statistics import mode
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pondera._files import write_atomically
+from pondera._words import DASH, decimals, num, with_interval
+from pondera._words import rate as rate_in_words
+from pondera.errors import BadInput
 from pondera.lab.plan import Tried
 from pondera.lab.recipe import Recipe
-from pondera.lab.space import OneOf, Point
+from pondera.lab.space import Axis, OneOf, Point, ends
 from pondera.lab.stats import LEVEL, NONE, Difference, interval
 from pondera.lab.task import Task
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-@dataclass(frozen=True)
+COLOURS = {"better": "#dafbe1;color:#116329", "worse": "#ffebe9;color:#a40e26"}  # they bring their own ground
+OTHER = "#eaeef2;color:#32383f"
+SIGNS = {"better": "▲ ", "worse": "▼ ", NONE: "○ "}
+
+
+@dataclass(frozen=True, repr=False)
 class Row:
     """What came of one recipe.
 
@@ -23,7 +39,8 @@ class Row:
     baseline itself or fewer than two). at_equal_time: the same difference with both stopped at the baseline's seconds,
     or the recipe's if fewer. trials: a unit, every trial. curves: a unit, a list of (step, seconds, score, train loss).
     target: median (steps, seconds) at which the baseline's mean score was first reached, None where less than half
-    of the units did. seeds: the unit's seeds. lost: trials that did not finish, by reason.
+    of the units did. seeds: the units' seeds. lost: trials that did not finish, by reason. peak_memory: median over the
+    units' runs, in bytes; nan where it was not measured (on the processor: above what the process held before the run).
     """
 
     spec: str
@@ -45,6 +62,13 @@ class Row:
     target: tuple[float, float] | None = None
     resolution: float = 0.0
     bounds: tuple[float, float] = (-math.inf, math.inf)
+    seeds: tuple[int, ...] = ()
+    peak_memory: float = math.nan
+
+    def __repr__(self) -> str:
+        places = decimals(_halves([self]))
+        words = f"; {with_interval(self.difference, places)}" if self.difference else ""
+        return f"Row({self.name!r}: {_with_spread(self, places)}{words}; {self.verdict})"
 
     @property
     def finished(self) -> list[float]:
@@ -110,8 +134,32 @@ class Row:
                     found[why] = found.get(why, 0) + 1
         return found
 
+    def units(self) -> list[dict[str, Any]]:
+        """One dict a unit: its seed, score, the point it was tuned to, at which ends of the space that lies, its trials.
 
-@dataclass(frozen=True)
+        seconds: of training, at the end of its run, without the start-up. ends: by what is searched, -1 at the low end
+        and 1 at the high one; empty inside. trials: each with how it validated after a quarter and at the end.
+        """
+        found = []
+        for i, (seed, score, point, trials) in enumerate(zip(_seeds(self), self.scores, self.chosen, self.trials)):
+            curve = self.curves[i] if i < len(self.curves) else []
+            tried = [t.point for t in trials]
+            at = ends(point, tried, self.recipe.spaces) if point is not None and len(tried) > 1 else {}
+            unit: dict[str, Any] = {"seed": seed, "score": score, "failed": self.failed.get(seed, "")}
+            unit |= {
+                "chosen": None if point is None else _point(point),
+                "ends": {_axis(a): way for a, way in at.items()},
+            }
+            unit |= {"seconds": curve[-1][1] if curve else math.nan}
+            unit |= {
+                "trials": [{**_point(t.point), "early": t.early, "late": t.late, "failed": t.failed} for t in trials]
+            }
+            unit |= {"curve": [dict(zip(("step", "seconds", "score", "train_loss"), c)) for c in curve]}
+            found.append(unit)
+        return found
+
+
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """The result of `compare`: rows in the order given, the baseline first.
 
@@ -163,14 +211,126 @@ class Comparison:
                 row |= {"equal_time_difference": e.mean if e else None, "equal_time_verdict": e.verdict if e else None}
                 row |= {"steps_to_target": r.target[0] if r.target else None}
                 row |= {"seconds_to_target": r.target[1] if r.target else None}
+                row |= {"peak_memory": r.peak_memory if math.isfinite(r.peak_memory) else None}
             rows.append(row)
         return rows
 
-    def report(self, path: str | Path) -> Path:
-        """Write the report, one HTML file that opens offline; atomically."""
+    def report(self, path: str | Path, *, small: bool = False) -> Path:
+        """Write the report, one HTML file that opens offline, by atomic rename; `small`: with still figures, about 100 kB."""
         from pondera.report._comparison import write
 
-        return write(self, path)
+        return write(self, path, small=small)
+
+    # -- for other programs -------------------------------------------------------------------------------------------
+
+    def units(self) -> list[dict[str, Any]]:
+        """One flat dict a unit: recipe, seed, score, rate and what else was searched ("optim.weight_decay"), how it ended.
+
+        status: "ok" or "failed", with why beside it. seconds: of training at the end of its run.
+        """
+        axes = list(dict.fromkeys(_axis(a) for r in self.rows for a in r.recipe.spaces))
+        found = []
+        for r in self.rows:
+            for u in r.units():
+                point = u["chosen"] or {}
+                unit = {"recipe": r.name, "seed": u["seed"], "score": u["score"], "rate": point.get("rate", math.nan)}
+                unit |= {axis: point.get(axis) for axis in axes}
+                unit |= {"status": "ok" if math.isfinite(u["score"]) else "failed", "why": u["failed"]}
+                found.append(unit | {"seconds": u["seconds"]})
+        return found
+
+    def to_frame(self, *, units: bool = False) -> "pd.DataFrame":
+        """A pandas data frame: a row a recipe (`table` without its lists, failures counted), or with `units` a row a unit.
+
+        Raises: BadInput: without pandas.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise BadInput("to_frame needs pandas: pip install pandas (to_csv and to_json do without)") from None
+        if units:
+            return pandas.DataFrame(self.units())
+        rows = []
+        for r, row in zip(self.rows, self.table()):
+            row |= {"failed": len(r.failed), "trials_lost": sum(r.lost.values()), "units": len(r.scores)}
+            row |= {"parameters": r.parameters}
+            rows.append({k: math.nan if v is None else v for k, v in row.items() if not isinstance(v, (list, dict))})
+        return pandas.DataFrame(rows)
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write the units, a row each, for spreadsheets and other programs; atomically. What is not known stays empty.
+
+        Raises: BadInput: if the path is a folder, lies in a folder that does not exist, or cannot be written.
+        """
+        path = Path(path)
+        rows = [{k: _plain(v) for k, v in u.items()} for u in self.units()]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        if path.is_dir():
+            raise BadInput(f"the units need the path of a file, got the folder {path}")
+        if not path.parent.is_dir():
+            raise BadInput(f"the units cannot be written to {path}: there is no folder {path.parent}")
+        try:
+            write_atomically(path, text.getvalue())
+        except OSError as error:
+            raise BadInput(f"the units cannot be written to {path}: {error.strerror or error}") from None
+        return path
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain JSON values: the design, a row a recipe as `table` has it, with its units, and what it took.
+
+        What is no finite number is None.
+        """
+        design: dict[str, Any] = {
+            "task": self.task.name,
+            "fingerprint": self.task.fingerprint,
+            "score": self.task.settings.score,
+        }
+        design |= {"steps": self.steps, "rates": self.rates, "trials": self.trials, "seeds": self.seeds}
+        design |= {"looks": self.looks, "tuned": self.tuned, "level": self.level}
+        rows = []
+        for r, row in zip(self.rows, self.table()):
+            row |= {"spec": r.spec, "parameters": r.parameters, "baseline": r.baseline, "units": r.units()}
+            row |= {"searched": {_axis(a): repr(space) for a, space in r.recipe.spaces.items()}, "signal": r.signal}
+            row |= {"to_the_baseline": _difference(r.difference), "at_equal_time": _difference(r.at_equal_time)}
+            rows.append(row)
+        return _plain(
+            {
+                "design": design, "rows": rows, "runs": self.runs, "repeated": self.repeated, "seconds": self.seconds,
+                "repeatable": self.repeatable, "versions": self.versions, "depends": self.depends,
+            }
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        counted = Counter(r.verdict if not r.failed else "failed" for r in self.rows if r.failed or not r.baseline)
+        words = ", ".join(f"{n} {verdict}" for verdict, n in counted.items())
+        many = ", ".join(f"{n} {what}{'' if n == 1 else 's'}" for n, what in _sizes(self))
+        return f"Comparison({self.task.name}: {many}{'; ' if words else ''}{words})"
+
+    def _repr_html_(self) -> str:
+        """The table in short, for notebooks."""
+        places = decimals(_halves(self.rows))
+        left, cell = "text-align:left", "text-align:right;font-variant-numeric:tabular-nums"
+        heads = ("recipe", "rate", f"{self.task.settings.score} [95%]", "difference to the baseline", "verdict")
+        lines = ["".join(f'<th scope="col" style="{left}">{escape(h)}</th>' for h in heads)]
+        for r in self.rows:
+            called = "failed" if r.failed else r.verdict
+            ground = COLOURS.get("worse" if r.failed else called, OTHER)
+            mark = f'<span style="background:{ground};padding:0 .4em;border-radius:.3em">'
+            mark += f"{SIGNS.get(called, '✕ ' if r.failed else '')}{escape(r.verdict)}</span>"
+            d = with_interval(r.difference, places) if r.difference else DASH
+            inside = "".join(
+                f'<td style="{cell}">{v}</td>' for v in (rate_in_words(r.rate), _with_spread(r, places), d)
+            )
+            lines.append(f'<th scope="row" style="{left}">{escape(r.name)}</th>{inside}<td style="{left}">{mark}</td>')
+        many = ", ".join(f"{n:,} {what}{'' if n == 1 else 's'}" for n, what in _sizes(self))
+        head, *body = (f"<tr>{line}</tr>" for line in lines)
+        return (
+            f'<table><caption style="{left}">{escape(self.task.name)}: {many}</caption><thead>{head}</thead>'
+            f"<tbody>{''.join(body)}</tbody></table>"
+        )
 
 
 def undecided(d: Difference | None, places: int = 4) -> str:
@@ -192,3 +352,52 @@ def _middle(x: list[float]) -> float:
 def _mean(x: list[float]) -> float:
     known = [v for v in x if math.isfinite(v)]
     return math.fsum(known) / len(known) if known else math.nan
+
+
+def _seeds(row: Row) -> tuple[int, ...]:
+    return row.seeds or tuple(range(len(row.scores)))
+
+
+def _sizes(c: Comparison) -> list[tuple[int, str]]:
+    return [(len(c.rows), "recipe"), (c.seeds, "seed"), (c.steps, "step")]
+
+
+def _halves(rows: list[Row]) -> list[float]:
+    """Half-widths of the differences' intervals, or of the scores' where there is none."""
+    found = [(d.high - d.low) / 2 for r in rows if (d := r.difference)]
+    return found or [(r.score[2] - r.score[1]) / 2 for r in rows if r.finished]
+
+
+def _with_spread(row: Row, places: int) -> str:
+    mean, low, high = row.score
+    spread = f" [{num(low, places)}, {num(high, places)}]" if len(row.finished) > 1 else ""
+    return num(mean, places) + spread
+
+
+def _axis(axis: Axis) -> str:
+    """
+    >>> _axis(("optim", "weight_decay")), _axis(("rate", ""))
+    ('optim.weight_decay', 'rate')
+    """
+    return ".".join(part for part in axis if part)
+
+
+def _point(point: Point) -> dict[str, Any]:
+    return {"rate": point.rate} | {_axis(axis): value for axis, value in point.values}
+
+
+def _difference(d: Difference | None) -> dict[str, Any] | None:
+    return None if d is None else asdict(d) | {"verdict": d.verdict, "large": d.large}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, when written and read back: keys are text, what is no finite number is None.
+
+    >>> _plain({3: (1.0, math.nan)})
+    {'3': [1.0, None]}
+    """
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,8 +1,10 @@
 """One run: a model built, started, trained and scored at one learning rate and seed. Everything a run needs is in its spec."""
 
+import ctypes
 import hashlib
 import math
 import random
+import sys
 import time
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -85,6 +87,7 @@ def run(spec: RunSpec) -> dict[str, Any]:
     """Carry out one run; a failure is a result with its reason, never an exception (but for KeyboardInterrupt)."""
     began = time.perf_counter()
     threads = torch.get_num_threads()
+    mark = _memory_mark(spec)
     try:
         if threads != spec.threads:
             torch.set_num_threads(spec.threads)
@@ -98,7 +101,81 @@ def run(spec: RunSpec) -> dict[str, Any]:
     finally:
         if threads != spec.threads:
             torch.set_num_threads(threads)
-    return result | {"wall": time.perf_counter() - began}
+    return result | {"peak_memory": _memory_peak(spec, mark), "wall": time.perf_counter() - began}
+
+
+# -- how much memory a run takes ---------------------------------------------------------------------------------------
+
+MEMORY_COST = 2e-4  # seconds a run that measuring may take on the average, after the first measure of a recipe
+_ran: set[tuple[str, str]] = set()  # tasks that this process has run: the first run of one loads its data and libraries
+_measured: set[str] = set()  # recipes on a task whose memory this process has measured
+_account = [0.0]  # seconds that measuring may take now; below 0 until runs have made up for it
+
+
+def _memory_mark(spec: RunSpec) -> int | None:
+    """Begin to watch the memory; the bytes from which the peak counts, None where it is not measured.
+
+    On the processor it is measured in runs to the end, for those of a quarter take as much, and not in the first run of a
+    task in a process, which loads the task's data and libraries, and they stay. Giving freed memory back takes its time
+    where there is much: each recipe is measured once in a process, and again as often as `MEMORY_COST` allows.
+    """
+    task = spec.task_name, spec.depends
+    first = task not in _ran
+    _ran.add(task)
+    _account[0] += MEMORY_COST
+    try:
+        if torch.device(spec.device).type == "cuda":
+            torch.cuda.init()
+            torch.cuda.reset_peak_memory_stats(spec.device)
+            return 0
+        if first or spec.phase == "rung" or spec.again or torch.device(spec.device).type != "cpu":
+            return None
+        recipe = f"{task} {spec.recipe} {spec.phase} {spec.steps}"
+        if (trim := _trim()) is None or (recipe in _measured and _account[0] < 0):
+            return None
+        _measured.add(recipe)
+        began = time.perf_counter()
+        trim(0)  # what earlier runs gave back is still resident, and would hide what this one takes
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")  # the peak is from now on
+        found = _resident("VmRSS")
+        _account[0] -= time.perf_counter() - began
+        return found
+    except (OSError, ValueError, RuntimeError, AssertionError):
+        return None
+
+
+def _memory_peak(spec: RunSpec, mark: int | None) -> int | None:
+    """Bytes at the peak of a run; None where it was not measured."""
+    if mark is None:
+        return None
+    try:
+        if torch.device(spec.device).type == "cuda":
+            return int(torch.cuda.max_memory_allocated(spec.device))
+        return max(0, _resident("VmHWM") - mark)
+    except (OSError, ValueError, RuntimeError, AssertionError):
+        return None
+
+
+def _resident(line: str) -> int:
+    """Bytes of memory by a line of /proc/self/status. Raises: OSError, ValueError: where the system does not say."""
+    with open("/proc/self/status", "rb") as f:
+        text = f.read()
+    return 1024 * int(text[text.index(line.encode()) + len(line) + 1 :].split(None, 1)[0])
+
+
+@lru_cache(maxsize=1)
+def _trim() -> Any:
+    """The C library's call that gives freed memory back to the system; None where there is none."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        return getattr(ctypes.CDLL(None), "malloc_trim", None)
+    except OSError:
+        return None
+
+
+# -- what a run does ---------------------------------------------------------------------------------------------------
 
 
 def _failed(status: str, error: BaseException) -> dict[str, Any]:

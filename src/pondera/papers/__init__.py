@@ -6,25 +6,31 @@
 """
 
 import importlib
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from pondera.errors import BadInput, nearest
-from pondera.papers.search import Hit
+from pondera.papers.search import Hit, squash
 from pondera.papers.search import search as _ranked
 
-__all__ = ["Hit", "Paper", "catalogue", "paper", "search", "status"]
+__all__ = ["Hit", "Paper", "catalogue", "instead", "paper", "replications", "search", "status", "to_reproduce"]
 
 STATUSES = ("planned", "built", "tested")
+OWN_ROOM = 1.5  # weight of a row of the same room, when another is looked for in its place
+_ARXIV = re.compile(r"(?:.*arxiv.*[:/])?(\d{4}\.\d{4,5}|[a-z-]+/\d{7})(?:v\d+)?(?:\.pdf)?/?", re.IGNORECASE)
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
 class Paper:
-    """One row. objects: dotted paths of the public objects, empty until built. words: what a newcomer would type."""
+    """One row. objects: dotted paths of the public objects, empty until built. words: what a newcomer would type.
+    symptoms: what one sees go wrong where the paper is of help, for the search."""
 
     key: str
     title: str
@@ -37,6 +43,7 @@ class Paper:
     words: tuple[str, ...]
     objects: tuple[str, ...]
     notes: str
+    symptoms: tuple[str, ...] = ()
 
     @property
     def url(self) -> str:
@@ -57,21 +64,95 @@ def catalogue() -> tuple[Paper, ...]:
     )
 
 
-def paper(key: str) -> Paper:
-    """The row with this key; BadInput with the nearest keys when there is none."""
-    for p in catalogue():
-        if p.key == key.strip().lower():
-            return p
-    raise BadInput(f"no paper has the key {key!r}{nearest(key, (p.key for p in catalogue()))}")
+def paper(name: str) -> Paper:
+    """The row with this key, arXiv number, title or object; BadInput with the nearest keys when there is none.
+
+    Capitals, hyphens and blanks make no difference, nor do the version of an arXiv number and an address around it; of a
+    title the part before its colon will do.
+
+    >>> paper("https://arxiv.org/abs/1511.06422v7").key == paper("LSUV").key == paper("all you need is a good init").key
+    True
+    """
+    rows, asked = catalogue(), squash(name)
+    number = _ARXIV.fullmatch(name.strip())
+    if number:
+        found = [p for p in rows if p.arxiv == number[1].lower()]
+        if len(found) == 1:
+            return found[0]
+    for names in (_by_key, _by_title, _by_short_title, _by_object):
+        found = [p for p in rows if asked and asked in names(p)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise BadInput(f"{name!r} is in several papers: {', '.join(p.key for p in found)}; name one of them")
+    near = nearest(name, [p.key for p in rows])
+    if not near and len(asked) > 3 and not number:
+        hits = _ranked(name, rows, 3)
+        near = f"; by its words nearest are {', '.join(hit.paper.key for hit in hits)}" if hits else ""
+    raise BadInput(f"no paper has the key {name!r}{near or '; `pondera search` takes plain words'}")
+
+
+def _by_key(p: Paper) -> list[str]:
+    return [squash(p.key)]
+
+
+def _by_title(p: Paper) -> list[str]:
+    return [squash(p.title)]
+
+
+def _by_short_title(p: Paper) -> list[str]:
+    return [squash(p.title.partition(":")[0])]
+
+
+def _by_object(p: Paper) -> list[str]:
+    return [squash(name) for path in p.objects for name in (path, path.rpartition(".")[2])]
+
+
+@lru_cache(maxsize=1)
+def replications() -> dict[str, str]:
+    """Keys of all replications with the room they are in, as their files lie; none is imported (each imports torch)."""
+    folders = sorted(p for p in _PACKAGE.joinpath("replications").iterdir() if (p / "__init__.py").is_file())
+    modules = [(m.stem, folder.name) for folder in folders for m in sorted(folder.glob("[!_]*.py"))]
+    return {name.replace("_", "-"): room for name, room in sorted(modules)}
+
+
+def to_reproduce(name: str) -> str:
+    """The key of the replication that a name stands for, by key or as `paper` reads it.
+
+    Raises: BadInput: for a paper that is planned, with what is built and near it, or when nothing has this name.
+    """
+    known = replications()
+    if name in known:
+        return name
+    try:
+        row = paper(name)
+    except BadInput:
+        near = nearest(name, known)
+        raise BadInput(f"no paper or replication has the key {name!r}{near}") from None
+    if row.key in known:
+        return row.key
+    near = ", ".join(p.key for p in instead(row))
+    raise BadInput(f"{row.key} is {status(row)}, with no claim to re-run yet; built and near it are {near}")
 
 
 def status(p: Paper) -> str:
     """Derived, never typed in: "planned" without objects, "built" with them, "tested" when evidence is recorded too."""
-    from pondera.replications._claims import evidence
-
     if not p.objects:
         return "planned"
-    return "tested" if evidence(p.key) else "built"
+    room = replications().get(p.key)
+    return "tested" if room and (_evidence() / room / f"{p.key}.json").is_file() else "built"
+
+
+def instead(p: Paper, k: int = 3) -> list[Paper]:
+    """The `k` built rows that are nearest to a row by what they are for; one of its own room counts for more.
+
+    >>> instead(paper("lsuv"), 1)[0].key
+    'activation-variance'
+    """
+    built = [q for q in catalogue() if q.objects and q.key != p.key]
+    hits = _ranked(" ".join([p.title, p.use, *p.words]), built, len(built))
+    hits.sort(key=lambda hit: -hit.score * (OWN_ROOM if hit.paper.room == p.room else 1.0))
+    return [hit.paper for hit in hits[:k]]
 
 
 def search(query: str, k: int = 5, papers: Sequence[Paper] | None = None) -> list[Hit]:
@@ -81,6 +162,12 @@ def search(query: str, k: int = 5, papers: Sequence[Paper] | None = None) -> lis
     'weight-selection'
     """
     return _ranked(query, catalogue() if papers is None else papers, k)
+
+
+def _evidence() -> Path:
+    """Where the replications' evidence lies: beside the package where it is installed, else in the checkout."""
+    packaged = _PACKAGE / "_evidence"
+    return packaged if packaged.is_dir() else _PACKAGE.parents[1] / "evidence"
 
 
 def _resolve(path: str) -> Any:

@@ -15,7 +15,8 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
-from pondera.papers import Paper, catalogue, status
+from pondera.errors import missing_extra
+from pondera.papers import Paper, catalogue, instead, replications, status
 
 __all__ = ["Snippet", "commands", "findings", "page", "replicated", "snippets"]
 
@@ -48,6 +49,7 @@ def page(paper: Paper, *, site: bool = False) -> str:
     parts = [
         _head(paper, site),
         _when(paper),
+        "" if site else _instead(paper),
         _try(paper),
         _api(paper, site),
         _claims(paper, site),
@@ -89,10 +91,14 @@ def replicated(key: str) -> list[dict[str, Any]]:
     recorded = {c["name"]: c for c in (evidence(key) or {"claims": []})["claims"]}
     if key not in keys():
         return list(recorded.values())
+    try:
+        every = claims(key)
+    except ImportError:  # the replication needs an extra that is not here; what it found is recorded all the same
+        return list(recorded.values())
     stated = {
         c.name: {"name": c.name, "claim": c.text, "source": c.source, "criterion": c.criterion, "budget": c.budget}
         | {"verdict": "", "measured": {}, "note": "", "figures": []}
-        for c in claims(key)
+        for c in every
     }
     return [recorded.get(name, claim) for name, claim in stated.items()]
 
@@ -112,6 +118,14 @@ def _head(paper: Paper, site: bool) -> str:
 def _when(paper: Paper) -> str:
     note = f"\n\n{text(paper.notes)}" if paper.notes else ""
     return f"## When to use it\n\n{text(paper.use)}\n\n**When not:** {text(paper.avoid)}{note}"
+
+
+def _instead(paper: Paper) -> str:
+    """What is built and near to a planned row."""
+    if paper.objects:
+        return ""
+    lines = [f"- `{p.key}` ({p.room}): {text(p.use)}" for p in instead(paper)]
+    return "## What is built and near it\n\n" + "\n".join(lines)
 
 
 def _try(paper: Paper) -> str:
@@ -134,7 +148,7 @@ def _api(paper: Paper, site: bool) -> str:
         if not path.startswith("pondera."):
             written.append(_outside(path))
         elif value is None:
-            written.append(f"`{path}` (cannot be imported here: an optional dependency is missing)")
+            written.append(f"`{path}` (cannot be imported here{_lacking(path)})")
         elif not ours(path, value):
             written.append(f"`{path}` is `{_home(value)}` itself.")
         else:
@@ -149,8 +163,8 @@ def _claims(paper: Paper, site: bool) -> str:
 
 def findings(key: str, *, site: bool = False) -> str:
     """The claims of one replication with their verdicts, figures measured and notes, as Markdown; "" without one."""
-    from pondera.replications import room
-
+    if key not in replications():  # known without importing one, which takes torch's seconds
+        return ""
     records = replicated(key)
     if not records:
         return ""
@@ -167,7 +181,7 @@ def findings(key: str, *, site: bool = False) -> str:
     if details:
         parts += ["Measured, by claim:", "\n".join(details)]
     parts += [
-        f"![{text(r['claim'])}]({name})" if site else f"Figure: `evidence/{room(key)}/{name}`"
+        f"![{text(r['claim'])}]({name})" if site else f"Figure: `evidence/{replications()[key]}/{name}`"
         for r in records
         for name in r.get("figures", [])
     ]
@@ -175,9 +189,7 @@ def findings(key: str, *, site: bool = False) -> str:
 
 
 def _reproduce(paper: Paper) -> str:
-    from pondera.replications import keys, room
-
-    if paper.key not in keys():
+    if paper.key not in replications():
         return ""
     records = replicated(paper.key)
     budgets = sorted({r["budget"] for r in records}, key=("quick", "full", "gpu").index)
@@ -191,7 +203,7 @@ def _reproduce(paper: Paper) -> str:
             f"\n\nThe recorded run took {took:.0f} s with torch {v['torch']}, Python {v['python']} "
             f"and pondera {v['pondera']}."
         )
-    home, module = room(paper.key), paper.key.replace("-", "_")
+    home, module = replications()[paper.key], paper.key.replace("-", "_")
     return (
         "## Reproduce it\n\n```console\n" + "\n".join(lines) + "\n```\n\n"
         f"The claims are stated in `src/pondera/replications/{home}/{module}.py`, "
@@ -356,6 +368,18 @@ def _resolved(paper: Paper) -> Iterator[tuple[str, Any]]:
             yield path, _resolve(path)
         except ImportError:
             continue
+
+
+def _lacking(path: str) -> str:
+    """What an object that cannot be imported lacks, as the end of a sentence."""
+    from pondera.papers import _resolve
+
+    try:
+        _resolve(path)
+    except ImportError as error:
+        missing = missing_extra(error, "it")
+        return f": {missing or error}"
+    return ""
 
 
 def _outside(path: str) -> str:

@@ -4,16 +4,15 @@ The score is BM25F (Robertson and Zaragoza, 2009) over the fields of a paper. A 
 discount, where a paper has a synonym of it or, when no paper has the word at all, something spelt alike.
 """
 
+import math
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from pondera.errors import BadInput
 
@@ -21,12 +20,25 @@ if TYPE_CHECKING:
     from pondera.papers import Paper
 
 # Weight of each field, and the share B of a field's length that discounts it.
-FIELDS = {"title": 2.0, "key": 2.0, "summary": 1.0, "use": 1.0, "words": 2.0, "room": 0.5, "objects": 0.5}
+FIELDS = {
+    "title": 2.0,
+    "key": 2.0,
+    "summary": 1.0,
+    "use": 1.5,
+    "words": 2.0,
+    "symptoms": 2.0,
+    "room": 0.5,
+    "objects": 0.5,
+}
+PHRASES = ("title", "words", "symptoms")  # fields of phrases, each of which may say what is asked by itself
+PHRASE = 4
+BAR = " | "  # between the phrases of a field
 B = 0.6
 K1 = 1.2  # saturation: how soon a repeated word stops adding
 SYNONYM = 0.5  # weight of a synonym beside the word itself
 ALIKE = 0.65  # least spelling similarity that counts
-EXACT = 1000.0  # lifts a paper asked for by its key above all others; by title, arXiv number or object, half of it
+# lifts a paper asked for by its key above all others; by title, arXiv number or object, half of it, by a phrase a quarter
+EXACT = 1000.0
 NEARLY = 0.8  # least spelling similarity of a whole query and a key that lifts the paper, by a tenth of EXACT
 
 STOP = """a about after all also am an and any are as at be been before being between both but by can could did do does
@@ -67,6 +79,39 @@ symmetry equivariant
 adversarial robust certify
 causal treatment
 graph gnn
+nan inf overflow underflow
+diverge explode unstable spike
+vanish fade die
+slow crawl hours long speed fast
+expensive costly cheap cost budget
+memory ram vram gpu store storage fit
+forget retain lose
+plateau flat stuck stall
+worse degrade drop collapse poor bad ruin
+rare minority imbalance scarce few
+label annotation
+distance dissimilarity metric
+outlier corrupt wrong gross
+shift drift deployment production
+reconstruct recover tomography inverse
+audio sound speech
+detail texture fine frequency
+stream online incremental
+row sample example point
+forecast predict extrapolate
+integer bit
+repeat reproducible seed deterministic
+phone device mobile embedded
+lora adapter
+simulation simulator physics
+prove provable certify guarantee certificate
+treatment confounder effect
+group user subgroup
+calibrate confidence
+tune search
+schedule warmup
+purchase buy
+text corpus document
 """
 
 _WORD = re.compile(r"[^\W_]+(?:[-'’_./][^\W_]+)*")
@@ -113,7 +158,7 @@ def _fold(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(c))
 
 
-def _squash(text: str) -> str:
+def squash(text: str) -> str:
     """Letters and digits only, so that hyphens, blanks and underscores make no difference."""
     return "".join(_PART.findall(_fold(text)))
 
@@ -160,17 +205,19 @@ class _Index:
 
     def __init__(self, rows: Sequence[tuple[str, ...]]) -> None:
         terms = [[_terms(text) for text in row] for row in rows]
-        length = np.array([[len(text) for text in row] for row in terms], dtype=float)  # (papers, fields)
-        share = np.array(list(FIELDS.values())) / (1 - B + B * length / np.maximum(length.mean(0), 1.0))
-        number: dict[str, int] = {}
-        at = np.array([number.setdefault(t, len(number)) for row in terms for text in row for t in text], dtype=int)
-        paper = np.repeat(np.arange(len(rows)), length.sum(1).astype(int))
-        tf = np.zeros((len(number), len(rows)))
-        np.add.at(tf, (at, paper), np.repeat(share.ravel(), length.ravel().astype(int)))
-        df = np.count_nonzero(tf, axis=1, keepdims=True)
-        score = np.log1p((len(rows) - df + 0.5) / (df + 0.5)) * tf * (K1 + 1) / (K1 + tf)
+        mean = [max(sum(map(len, field)) / len(rows), 1.0) for field in zip(*terms)]  # length of each field
+        tf: defaultdict[str, defaultdict[int, float]] = defaultdict(lambda: defaultdict(float))
+        for paper, row in enumerate(terms):
+            for text, weight, m in zip(row, FIELDS.values(), mean):
+                share = weight / (1 - B + B * len(text) / m)
+                for term in text:
+                    tf[term][paper] += share
         self.papers = len(rows)
-        self.score: dict[str, np.ndarray] = dict(zip(number, score))  # term -> (papers,)
+        self.score = {term: self._weighed(papers) for term, papers in tf.items()}  # term -> paper -> score
+
+    def _weighed(self, tf: dict[int, float]) -> dict[int, float]:
+        idf = math.log1p((self.papers - len(tf) + 0.5) / (len(tf) + 0.5))
+        return {paper: idf * x * (K1 + 1) / (K1 + x) for paper, x in tf.items()}
 
     @cached_property
     def grams(self) -> dict[str, frozenset[str]]:
@@ -182,13 +229,24 @@ class _Index:
         near = [(-dice, other) for other, theirs in self.grams.items() if (dice := _dice(mine, theirs)) >= ALIKE]
         return {other: -minus for minus, other in sorted(near)[:3]}
 
-    def match(self, term: str) -> np.ndarray:
-        """Score of one term of a question in each paper, (papers,): the best of itself, synonyms and spellings."""
+    def match(self, term: str) -> dict[int, float]:
+        """Score of one term of a question by paper: the best of itself, its synonyms and what is spelt like it."""
         found = {term: 1.0} | _ALSO.get(term, {})
         if not found.keys() & self.score.keys() and len(term) > 3:
             found = self.alike(term)
-        scores = [weight * self.score[other] for other, weight in found.items() if other in self.score]
-        return np.max(scores, axis=0) if scores else np.zeros(self.papers)
+        best: dict[int, float] = {}
+        for other, weight in found.items():
+            for paper, score in self.score.get(other, {}).items():
+                best[paper] = max(best.get(paper, 0.0), weight * score)
+        return best
+
+    def scores(self, terms: Iterable[str]) -> list[float]:
+        """Score of a question, given by its terms, in each paper."""
+        total = [0.0] * self.papers
+        for term in dict.fromkeys(terms):
+            for paper, score in self.match(term).items():
+                total[paper] += score
+        return total
 
 
 @lru_cache(maxsize=4)
@@ -203,12 +261,14 @@ def _texts(paper: "Paper") -> tuple[str, ...]:
 
 def _lift(paper: "Paper", asked: str) -> float:
     """What a squashed query that names the paper, exactly or nearly, adds to its score."""
-    key = _squash(paper.key)
+    key = squash(paper.key)
     if asked == key:
         return EXACT
     objects = [name for path in paper.objects for name in (path, path.rpartition(".")[2])]
-    if asked in map(_squash, (paper.title, paper.arxiv, *objects)):
+    if asked in map(squash, (paper.title, paper.arxiv, *objects)):
         return EXACT / 2
+    if asked in map(squash, (*paper.symptoms, *paper.words)):  # says it in the very words
+        return EXACT / 4
     dice = _dice(_grams(asked), _grams(key))
     return EXACT / 10 * dice if dice >= NEARLY else 0.0
 
@@ -229,7 +289,7 @@ def search(query: str, papers: "Sequence[Paper]", k: int = 5) -> list[Hit]:
     Raises:
         BadInput: The query holds no word, or `k` is below 1.
     """
-    asked = _squash(query) if isinstance(query, str) else ""
+    asked = squash(query) if isinstance(query, str) else ""
     if not asked:
         raise BadInput(f"search needs a question or some words, got {query!r}")
     if k < 1:
@@ -238,12 +298,10 @@ def search(query: str, papers: "Sequence[Paper]", k: int = 5) -> list[Hit]:
         return []
     index = _index(tuple(map(_texts, papers)))
     terms = _terms(query)
-    words = [_squash(word) for word in query.split()]
+    words = [squash(word) for word in query.split()]
     joined = [_stem(a + b) for a, b in pairwise(words)]  # "weight space" finds "weightspace"
     terms += [term for term in joined if term in index.score]
-    score = np.zeros(len(papers))
-    for term in dict.fromkeys(terms):
-        score += index.match(term)
-    hits = [Hit(paper, float(s) + _lift(paper, asked)) for paper, s in zip(papers, score)]
+    scores = index.scores(terms)
+    hits = [Hit(paper, score + _lift(paper, asked)) for paper, score in zip(papers, scores)]
     hits = [hit for hit in hits if hit.score > 0]
     return sorted(hits, key=lambda hit: (-hit.score, hit.paper.key))[:k]

@@ -7,7 +7,20 @@ from collections.abc import Sequence
 from pondera._words import num, rate, with_interval
 from pondera.lab.results import Comparison, Row
 from pondera.lab.stats import Difference
-from pondera.report._figures import DASHES, NARROW, Figure, Json, axis, colour, label, line, marked, marker, note
+from pondera.report._figures import (
+    DASHES,
+    NARROW,
+    Figure,
+    Json,
+    axis,
+    colour,
+    counts,
+    label,
+    line,
+    marked,
+    marker,
+    note,
+)
 
 # -- differences to the baseline --------------------------------------------------------------------------------------
 
@@ -54,7 +67,8 @@ def _whisker(i: int, name: str, d: Difference, y: float, hover: str, hollow: boo
 
 # -- learning curves --------------------------------------------------------------------------------------------------
 
-AXES = {"step": "optimisation steps", "second": "seconds, start-up counted"}
+MODES = "step", "second"
+ALIKE = 0.15  # of the whole range: where the recipes' means over the second half lie closer, they look like one line
 
 
 def curves(c: Comparison, places: int) -> Figure | None:
@@ -62,16 +76,19 @@ def curves(c: Comparison, places: int) -> Figure | None:
     data: list[Json] = []
     ends: list[tuple[float, str]] = []
     late: list[float] = []  # scores of the second half
+    means: dict[int, dict[float, float]] = {}  # recipe -> step -> mean
     for i, r in enumerate(c.rows):
         fine = [k for k, score in zip(r.curves, r.scores) if math.isfinite(score) and k]
         broken = [k for k, score in zip(r.curves, r.scores) if not math.isfinite(score)]
         points = list(zip(*fine))  # every seed's k-th point (step, seconds, score, loss)
         scores = [[p[2] for p in at] for at in points]
         mean = [math.fsum(v) / len(v) for v in scores]
+        if points:
+            means[i] = {at[0][0]: m for at, m in zip(points, mean)}
         late += [v for at, seeds in zip(points, scores) if 2 * at[0][0] >= c.steps for v in seeds]
         if points:
             ends.append((mean[-1], f"{r.name} {num(mean[-1], places)}"))
-        for mode in AXES:
+        for mode in MODES:
             trace: Json = {"meta": {"recipe": i, "mode": mode}, "visible": mode == "step", "name": label(r.name)}
             if points:
                 x = [_across(r, at, mode) for at in points]
@@ -84,10 +101,27 @@ def curves(c: Comparison, places: int) -> Figure | None:
         return None
     room = 0.08 * (max(late) - min(late)) if late else 0.0
     closeup = (min(late) - room, max(late) + room) if room else None
-    layout = {"xaxis": axis(AXES["step"], rangemode="tozero"), "yaxis": axis(f"test {c.task.settings.score}")}
+    axes = {
+        "step": counts(
+            "optimisation steps",
+            0,
+            int(max(x for t in data for x in t["x"] if t["meta"]["mode"] == "step")),
+            rangemode="tozero",
+        ),
+        "second": axis("seconds, start-up counted", rangemode="tozero"),
+    }
+    layout = {"xaxis": axes["step"], "yaxis": axis(f"test {c.task.settings.score}")}
     told = ", ".join(text for _, text in sorted(ends, reverse=True)) or "no run finished"
     alt = f"Learning curves. Mean {c.task.settings.score} at the end: {told}."
-    return Figure("curves", alt, data, layout, 420, AXES, closeup)
+    return Figure("curves", alt, data, layout, 420, axes, closeup, closeup is not None and _coincide(means, c.steps))
+
+
+def _coincide(means: dict[int, dict[float, float]], steps: int) -> bool:
+    """Whether the recipes' means over the second half lie close together, seen against the range of the whole run."""
+    known = [v for m in means.values() for v in m.values() if math.isfinite(v)]
+    late = [[m[k] for m in means.values() if k in m] for k in {k for m in means.values() for k in m} if 2 * k >= steps]
+    apart = [max(v) - min(v) for v in late if len(v) > 1]
+    return bool(apart) and max(apart) < ALIKE * (max(known) - min(known))
 
 
 def _across(r: Row, at: Sequence[Sequence[float]], mode: str) -> float:
@@ -141,10 +175,10 @@ def sensitivity(c: Comparison, places: int) -> list[Figure]:
             marked(dead, [floor] * len(dead), {"symbol": "x", "size": 9, "color": "var(--bad)"}, "%{x:.1e}: failed"),
             marked(
                 [x for x, _ in won], [late[x] for x, _ in won], ring | {"line": {"width": 2}},
-                "%{x:.1e}: chosen by %{text}", text=[_units(n) for _, n in won],
+                "%{x:.1e}: chosen by %{text}", text=[units(n) for _, n in won],
             ),
         ]  # fmt: skip
-        layout = {"xaxis": _log_rate(rates), "yaxis": axis(f"validation {c.task.settings.score}", range=span)}
+        layout = {"xaxis": log_rate(rates), "yaxis": axis(f"validation {c.task.settings.score}", range=span)}
         figures.append(Figure(f"rate{i}", _rate_words(r, fates, places), data, layout, 260))
     return figures
 
@@ -165,17 +199,17 @@ def fate(r: Row) -> dict[float, dict[str, int]]:
     return dict(sorted(found.items()))
 
 
-def _units(n: int) -> str:
+def units(n: int) -> str:
     return f"{n} unit{'' if n == 1 else 's'}"
 
 
 def _rate_words(r: Row, fates: dict[float, dict[str, int]], places: int) -> str:
     if not math.isfinite(r.rate):
         return f"{r.name}: no learning rate finished."
-    chosen = ", ".join(f"{rate(x)} by {_units(f['chosen'])}" for x, f in fates.items() if f["chosen"])
+    chosen = ", ".join(f"{rate(x)} by {units(f['chosen'])}" for x, f in fates.items() if f["chosen"])
     lost = sum(f["failed"] for f in fates.values())
     words = f"; {lost} trials failed" if lost else ""
-    where = f"; at an end of the space in {_units(r.edge)}" if r.edge else ""
+    where = f"; at an end of the space in {units(r.edge)}" if r.edge else ""
     return f"{r.name}: of {len(fates)} rates chosen {chosen}{where}{words}."
 
 
@@ -186,7 +220,7 @@ def _over_grid(points: list[tuple[float, float]], i: int, when: str, hollow: boo
     return curve | {"mode": "lines+markers", "hoverinfo": "all", "hovertemplate": hover}
 
 
-def _log_rate(rates: Sequence[float]) -> Json:
+def log_rate(rates: Sequence[float]) -> Json:
     low, high = math.log10(min(rates)), math.log10(max(rates))
     room = 0.06 * (high - low)
     powers = range(math.floor(low), math.ceil(high) + 1)
@@ -202,14 +236,15 @@ def signal(c: Comparison) -> Figure | None:
     data: list[Json] = []
     said: list[str] = []
     for i, r in enumerate(c.rows):
-        layers = [s for s in r.signal if s.get("role") == "weight"]
+        numbered = [(k, s) for k, s in enumerate(r.signal, 1) if s.get("role") == "weight"]  # as `inspect` numbers them
+        layers = [s for _, s in numbered]
         y = [s["signal"] if s["signal"] > 0 else math.nan for s in layers]  # a signal of zero has no place on the axis
         known = [v for v in y if math.isfinite(v)]
         if not known:
             continue
-        curve = line(range(1, len(y) + 1), y, i, 2, DASHES[i % len(DASHES)], mode="lines+markers", marker=marker(i))
+        curve = line([k for k, _ in numbered], y, i, 2, DASHES[i % len(DASHES)], mode="lines+markers", marker=marker(i))
         hover = "%{fullData.name}<br>%{text}: %{y:.3g}<extra></extra>"
-        names = [html.escape(f"{s['layer']} ({s['kind']})") for s in layers]
+        names = [html.escape(f'layer {k} ("{s["layer"]}", {s["kind"]})', quote=False) for k, s in numbered]
         about = {"name": label(r.name), "text": names, "meta": {"recipe": i}}
         data.append(curve | about | {"hoverinfo": "all", "hovertemplate": hover})
         said.append(f"{r.name} {known[0]:.2g} to {known[-1]:.2g}")
@@ -218,8 +253,12 @@ def signal(c: Comparison) -> Figure | None:
     decades = [math.log10(v) for d in data for v in d["y"] if math.isfinite(v)]
     every = max(1, math.ceil((max(decades) - min(decades)) / 8))
     layout = {
-        "xaxis": axis("weight layer, from input to output", tickformat="d"),
+        "xaxis": counts("layer, from input to output", *_ends([k for d in data for k in d["x"]])),
         "yaxis": axis("variance over examples", type="log", exponentformat="power", dtick=every),
     }
     alt = f"Variance of the layers' outputs before training, from the first layer to the last: {'; '.join(said)}."
     return Figure("signal", alt, data, layout)
+
+
+def _ends(x: Sequence[int]) -> tuple[int, int]:
+    return min(x), max(x)

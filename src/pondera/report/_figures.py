@@ -15,9 +15,9 @@ NARROW = 46  # characters that fit beside each other on a phone
 
 @dataclass(frozen=True)
 class Figure:
-    """One plot. alt: what it shows, in words. axes: the horizontal title in each mode it can be switched to.
+    """One plot. alt: what it shows, in words. axes: the horizontal axis in each mode it can be switched to, the first first.
 
-    closeup: the range its vertical axis can be narrowed to.
+    closeup: the range its vertical axis can be narrowed to. close: whether that is what is shown first.
     """
 
     id: str
@@ -25,13 +25,14 @@ class Figure:
     data: list[Json]
     layout: Json
     height: int = 380
-    axes: dict[str, str] = field(default_factory=dict)
+    axes: dict[str, Json] = field(default_factory=dict)
     closeup: tuple[float, float] | None = None
+    close: bool = False
 
     @property
     def spec(self) -> Json:
         layout = self.layout | {"height": self.height}
-        return {"data": self.data, "layout": layout, "axes": self.axes, "closeup": self.closeup}
+        return {"data": self.data, "layout": layout, "axes": self.axes, "closeup": self.closeup, "close": self.close}
 
 
 def colour(i: int) -> str:
@@ -66,6 +67,17 @@ def marker(i: int, hollow: bool = False, size: int = 7) -> Json:
 def axis(title: str = "", **more: Any) -> Json:
     text = {"text": html.escape(title), "standoff": 8, "font": {"size": 13}}
     return {"title": text, "automargin": True, "zeroline": False} | more
+
+
+def counts(title: str, low: int, high: int, marks: int = 8, **more: Any) -> Json:
+    """An axis that counts: marks at whole numbers alone, as many as a phone has room for.
+
+    >>> counts("layer", 1, 3)["tickvals"], counts("layer", 1, 79)["tickvals"]
+    ([1, 2, 3], [10, 20, 30, 40, 50, 60, 70])
+    """
+    steps = (k * 10**d for d in range(12) for k in (1, 2, 5))
+    step = next(s for s in steps if high // s - (low - 1) // s <= marks)
+    return axis(title, tickvals=[k for k in range(low, high + 1) if k % step == 0], tickformat=",d", **more)
 
 
 def note(text: str, y: float) -> Json:

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from pondera._words import DASH, num, rate, signed
+from pondera.doctor._faults import at
 from pondera.doctor._inspect import Inspection
 from pondera.doctor._ranking import Ranking
-from pondera.report._figures import Figure, Json, axis, colour, line, marker
+from pondera.report._figures import Figure, Json, axis, colour, counts, line, marker
 from pondera.report._shell import plot, put, shell
 
 SHOWN = 40  # classes a plot has room for
@@ -31,7 +32,9 @@ ALIKE = {"var(--paper)": "white"} | {f"var(--c{i})": c for i, c in enumerate(
 
 def signal(found: Inspection) -> Figure | None:
     """Signal and gradient by layer on a log axis."""
-    rows = [r for r in found.layers if r.role == "weight"] or list(found.layers)
+    numbered = list(enumerate(found.layers, 1))  # as in the table and in what is said
+    numbered = [(i, r) for i, r in numbered if r.role == "weight"] or numbered
+    rows = [r for _, r in numbered]
     series: dict[str, list[float | None]] = {"signal": [r.signal for r in rows], "gradient": [r.gradient for r in rows]}
     data: list[Json] = []
     said: list[str] = []
@@ -39,17 +42,17 @@ def signal(found: Inspection) -> Figure | None:
         y = [v if v is not None and math.isfinite(v) and v > 0 else math.nan for v in values]
         known = [v for v in y if math.isfinite(v)]
         if known:
-            text = [f"{r.layer} ({r.kind})" for r in rows]
-            data.append(_series(range(1, len(y) + 1), y, i, name, text))
+            text = [at(found.layers, r) for r in rows]
+            data.append(_series([k for k, _ in numbered], y, i, name, text))
             said.append(f"{name} from {known[0]:.2g} to {known[-1]:.2g}")
     if not data:
         return None
-    layout: Json = {"xaxis": axis("weight layer, from input to output", tickformat="d"), "yaxis": _log("variance")}
-    if found.first is not None and any(r.layer == found.first.layer for r in rows):
-        at = next(i for i, r in enumerate(rows, 1) if r.layer == found.first.layer)
-        mark = {"type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper"}
+    layout: Json = {"xaxis": counts("layer, as numbered in the table", 1, len(found.layers)), "yaxis": _log("variance")}
+    if found.first is not None:
+        n = found.first.number
+        mark = {"type": "line", "x0": n, "x1": n, "y0": 0, "y1": 1, "yref": "paper"}
         layout["shapes"] = [mark | {"line": {"color": colour(2), "width": 1, "dash": "dot"}}]
-        said.append(f"the first fault at layer {at}, {found.first.layer}")
+        said.append(f"the first fault at {found.first.where}")
     return Figure("signal", f"By layer before training: {'; '.join(said)}.", data, layout)
 
 
@@ -88,12 +91,12 @@ def _spectrum(key: str, values: Tensor, title: str, of: str) -> Figure:
     y = [v if v > 1e-12 * float(values[0]) else math.nan for v in values.tolist()]
     known = [v for v in y if math.isfinite(v)]
     alt = f"Spectrum of the {of}: {len(known)} of {len(y)} values above rounding, {known[0]:.2g} to {known[-1]:.2g}."
-    layout = {"xaxis": axis("rank", tickformat="d"), "yaxis": _log(title)}
+    layout = {"xaxis": counts("rank", 1, len(y)), "yaxis": _log(title)}
     return Figure(key, alt, [_series(range(1, len(y) + 1), y, 1, of, [])], layout)
 
 
 def _series(x: Any, y: list[float], i: int, name: str, text: list[str]) -> Json:
-    about: Json = {"name": name, "text": [escape(t) for t in text], "hoverinfo": "all"}
+    about: Json = {"name": name, "text": [escape(t, quote=False) for t in text], "hoverinfo": "all"}
     about["hovertemplate"] = "%{fullData.name}<br>" + ("%{text}: " if text else "%{x}: ") + "%{y:.3g}<extra></extra>"
     return line(x, y, i, mode="lines+markers", marker=marker(i, size=5)) | about
 
@@ -118,12 +121,12 @@ def without_theme(f: Figure) -> Json:
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-def write(found: Inspection, path: str | Path, ranking: Ranking | None, name: str) -> Path:
+def write(found: Inspection, path: str | Path, ranking: Ranking | None, name: str, *, small: bool = False) -> Path:
     """Write the page; see `Inspection.report`."""
-    return put(path, lambda: render(found, ranking, name))
+    return put(path, lambda: render(found, ranking, name, small=small))
 
 
-def render(found: Inspection, ranking: Ranking | None = None, name: str = "model") -> str:
+def render(found: Inspection, ranking: Ranking | None = None, name: str = "model", *, small: bool = False) -> str:
     """The page as text."""
     from pondera import __version__
 
@@ -148,15 +151,26 @@ def render(found: Inspection, ranking: Ranking | None = None, name: str = "model
         ("layers", "Every layer", _layers(found)),
     ]
     first = found.first
-    title = f"{name}: {first.symptom} at {first.layer}" if first else f"{name}: nothing wrong found before training"
+    title = f"{name}: {first.symptom} at {first.where}" if first else f"{name}: nothing wrong found before training"
     fine = "Signal, gradient and units are within bounds at every layer."
     lead = f"<p class='lead'>{escape(_sentence(first.words)) if first else fine}</p>"
+    lead += f"<p>{_advice(found, ranking)}</p>"
     over = f'pondera inspect · <span class="name">{escape(name)}</span> · {found.examples} examples'
-    return shell(title, over, lead, sections, plots, __version__)
+    return shell(title, over, lead, sections, plots, __version__, small)
 
 
 def _sentence(words: str) -> str:
     return f"{words[:1].upper()}{words[1:]}."
+
+
+def _advice(found: Inspection, ranking: Ranking | None) -> str:
+    """The one recommendation: what starts tried on the model have shown, else what the first fault suggests."""
+    if ranking is not None:
+        return f'{escape(ranking.words)}. <a href="#starts">What was tried</a> is one seed and few steps: a hint.'
+    if not found.starts:
+        return ""
+    best = found.starts[0]
+    return f'Worth trying first: <span class="name">{escape(best.name)}</span> ({escape(best.why)}).'
 
 
 def _faults(found: Inspection) -> str:
@@ -200,9 +214,9 @@ def _tried(r: Ranking) -> str:
     )
     out = "".join(f"<li><span class='name'>{escape(k)}</span>: {escape(v)}</li>" for k, v in r.left_out.items())
     left = f"<h3>Not tried</h3><ul>{out}</ul>" if out else ""
-    best = next((t for t in r.trials if str(t.recipe) and t.gain > 0), None)
+    best = r.advice
     code = f"<h3>{escape(best.name)}</h3><div class='body'>{_code(r.snippet(best))}</div>" if best else ""
-    return table + code + left
+    return code + table + left
 
 
 def _broken(name: str) -> str:
@@ -210,13 +224,13 @@ def _broken(name: str) -> str:
 
 
 def _layers(found: Inspection) -> str:
-    heads = ("Layer", "Kind", "Mean", "Variance", "Signal", "Dead", "Gradient", "Gain")
+    heads = ("#", "Layer", "Kind", "Mean", "Variance", "Signal", "Dead", "Gradient", "Gain")
     head = "".join(f'<th scope="col">{h}</th>' for h in heads)
     rows = "".join(
-        f'<tr><th scope="row"><span class="name">{_broken(r.layer)}</span></th><td>{escape(r.kind)}</td>'
+        f'<tr><td>{i}</td><th scope="row"><span class="name">{_broken(r.layer)}</span></th><td>{escape(r.kind)}</td>'
         + "".join(f"<td>{_g(v)}</td>" for v in (r.mean, r.variance, r.signal))
         + f"<td>{f'{r.dead:.0%}' if r.dead == r.dead else DASH}</td><td>{_g(r.gradient)}</td><td>{_g(r.gain)}</td></tr>"
-        for r in found.layers
+        for i, r in enumerate(found.layers, 1)
     )
     caption = (
         "One row a call, in the order they ran. Gain: root mean square of the weight times the root of its fan-in."

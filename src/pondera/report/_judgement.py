@@ -13,7 +13,7 @@ from pondera.lab.judgement import Aggregate, Gap, Judged, Judgement, places, pla
 from pondera.lab.over_tasks import DRAWS, OVERALL_UNITS
 from pondera.lab.stats import NONE
 from pondera.report._figures import DASHES, Figure, Json, axis, colour, label, line, marked, marker, note
-from pondera.report._shell import plot, put, shell
+from pondera.report._shell import keys, plot, put, shell
 
 GROUPS = (  # class, heading, sign
     ("better", "Better than the baseline", "▲"),
@@ -37,15 +37,15 @@ CAPTIONS = {
 }
 
 
-def write(found: "Judgement", path: str | Path) -> Path:
+def write(found: "Judgement", path: str | Path, *, small: bool = False) -> Path:
     """Write the page to `path`: a reader finds the old file or the whole new one.
 
     Raises: BadInput: if the path is a folder, lies in a folder that does not exist, or cannot be written.
     """
-    return put(path, lambda: render(found))
+    return put(path, lambda: render(found, small=small))
 
 
-def render(j: "Judgement") -> str:
+def render(j: "Judgement", *, small: bool = False) -> str:
     """The page as text: equal judgements give equal text, and nothing in it is loaded from elsewhere."""
     from pondera import __version__
 
@@ -53,14 +53,14 @@ def render(j: "Judgement") -> str:
     sections = []
     if j.aggregates:
         sections.append(("over", "Over all tasks", _over(j, plots)))
-        sections.append(("profiles", "Performance profiles", _profiles(j, plots)))
+        sections.append(("profiles", "Performance profiles", _profiles(j, plots, small)))
     sections += [
         ("table", "Task by task" if len(j.tasks) > 1 else "Results", _table(j)),
         ("intervals", "Differences to the baseline", _differences(j, plots)),
         ("method", "How it was judged", _method(j)),
     ]
     over = f"pondera judge · {escape(j.headline)}"
-    return shell(_title(j), over, _lead(j), sections, plots, __version__)
+    return shell(_title(j), over, _lead(j), sections, plots, __version__, small)
 
 
 # -- the headline ------------------------------------------------------------------------------------------------------
@@ -301,22 +301,15 @@ def _forest(
     return Figure(key, f"{alt}. {said}.", data, layout, 70 + 52 * len(entries))
 
 
-def _profiles(j: "Judgement", plots: list[Figure]) -> str:
+def _profiles(j: "Judgement", plots: list[Figure], small: bool) -> str:
     figure = profiles(j)
     if figure is None:
         return "<p>Nothing to draw: no task tells the methods apart.</p>"
     plots.append(figure)
     names = [a.method for a in j.aggregates]
-    keys = "".join(
-        f'<li><button type="button" aria-pressed="true" data-recipe="{i}">{_swatch(i)}{_name(m)}</button></li>'
-        for m in names
-        for i in [j.methods.index(m)]
-    )
+    legend = keys([(j.methods.index(m), _swatch(j.methods.index(m)), _name(m)) for m in names], "Methods", small)
     caption = CAPTIONS["profiles"].format(way="above" if j.higher_is_better_normalised else "below")
-    return (
-        f'<figure><ul class="keys" aria-label="Methods shown">{keys}</ul>{plot(figure)}'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+    return f"<figure>{legend}{plot(figure)}<figcaption>{caption}</figcaption></figure>"
 
 
 def profiles(j: "Judgement") -> Figure | None:
@@ -361,10 +354,11 @@ def _method(j: "Judgement") -> str:
     sentences = [
         f"The unit is a {j.unit}"
         + (": runs that share a tuning are averaged." if j.unit == "tuning" else ", taken to be tuned for itself."),
-        "Differences are the method minus the baseline, paired over the units both have; where they share fewer than "
+        "Differences are the method minus the baseline, paired over the units both have. Where they share fewer than "
         "two the means are compared (Welch).",
         f"Intervals hold at {100 * (1 - j.level):g}% for all differences of the table at once (Bonferroni), and verdicts follow "
-        "Holm’s steps; “no difference shown” says that zero cannot be ruled out, not that methods are equal.",
+        "Holm’s steps.",
+        "“No difference shown” says that zero cannot be ruled out, not that methods are equal.",
     ]
     if several:
         sentences += [
@@ -392,7 +386,7 @@ def _method(j: "Judgement") -> str:
         "Failed": listed(failed) if failed else "none",
     }
     listing = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
-    return f"<p>{' '.join(map(escape, sentences))}</p><dl>{listing}</dl>"
+    return f"<ul>{''.join(f'<li>{escape(s)}</li>' for s in sentences)}</ul><dl>{listing}</dl>"
 
 
 # -- small things ------------------------------------------------------------------------------------------------------

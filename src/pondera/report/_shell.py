@@ -10,6 +10,7 @@ from typing import Any
 
 from pondera._files import write_atomically
 from pondera.errors import BadInput
+from pondera.report import _svg
 from pondera.report._figures import Figure
 
 
@@ -37,18 +38,35 @@ def check_path(path: str | Path) -> Path:
 
 
 def shell(
-    title: str, over: str, lead: str, sections: Sequence[tuple[str, str, str]], plots: Sequence[Figure], version: str
+    title: str,
+    over: str,
+    lead: str,
+    sections: Sequence[tuple[str, str, str]],
+    plots: Sequence[Figure],
+    version: str,
+    small: bool = False,
 ) -> str:
-    """A whole page: heading, lead, linked sections (key, heading, HTML) and the figures' script; it loads nothing."""
-    from plotly.offline import get_plotlyjs
+    """A whole page: heading, lead, linked sections (key, heading, HTML) and the figures; it loads nothing.
 
+    The figures are drawn by plotly's script, which the page holds; with `small` they stand in it as SVG.
+    """
     links = "".join(f'<li><a href="#{key}">{heading}</a></li>' for key, heading, _ in sections)
     body = "".join(
         f'<section aria-labelledby="{key}"><h2 id="{key}">{heading}</h2>{content}</section>\n'
         for key, heading, content in sections
     )
     here = files("pondera.report")
-    css, js = ((here / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    css, js, copy = ((here / f).read_text(encoding="utf-8") for f in ("report.css", "report.js", "copy.js"))
+    scripts = ""
+    for f in plots:
+        body = body.replace(_place(f), _svg.drawn(f) if small else "")
+    if not small:
+        from plotly.offline import get_plotlyjs
+
+        specs = _json({f.id: f.spec for f in plots})
+        scripts = f'<script type="application/json" id="figures">{specs}</script>'
+        scripts += f"\n<script>{get_plotlyjs()}</script>\n"
+    scripts += f"<script>{copy if small else js + copy}</script>"
     policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
     text = f"""<!doctype html>
 <html lang="en">
@@ -75,9 +93,7 @@ def shell(
 <footer>Written by pondera {escape(version)}.
 This file holds everything it shows; it loads nothing.</footer>
 </div>
-<script type="application/json" id="figures">{_json({f.id: f.spec for f in plots})}</script>
-<script>{get_plotlyjs()}</script>
-<script>{js}</script>
+{scripts}
 </body>
 </html>
 """
@@ -85,8 +101,27 @@ This file holds everything it shows; it loads nothing.</footer>
 
 
 def plot(f: Figure) -> str:
+    """Where a figure stands; how it is drawn is the shell's to say."""
     alt = escape(f.alt)
-    return f'<div class="plot" id="{f.id}" role="img" style="height:{f.height}px" aria-label="{alt}"></div>'
+    return (
+        f'<div class="plot" id="{f.id}" role="img" style="--height:{f.height}px" aria-label="{alt}">{_place(f)}</div>'
+    )
+
+
+def _place(f: Figure) -> str:
+    return f"<!--figure {f.id}-->"
+
+
+def keys(entries: Sequence[tuple[int, str, str]], what: str, still: bool) -> str:
+    """The legend, an entry (place, swatch, name) each: buttons, pressed while it is shown, or on a still page words."""
+    if still:
+        items = (f"<li><span class='entry'>{swatch}{name}</span></li>" for _, swatch, name in entries)
+    else:
+        items = (
+            f'<li><button type="button" data-recipe="{i}" aria-pressed="true" class="entry">{swatch}{name}</button></li>'
+            for i, swatch, name in entries
+        )
+    return f'<ul class="keys" aria-label="{what}{"" if still else " shown"}">{"".join(items)}</ul>'
 
 
 def _json(value: Any) -> str:

@@ -2,7 +2,9 @@
 (() => {
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const hidden = new Set();
-  let mode = "step", close = false;
+  // As the page is set, or as the browser found it set when it was left.
+  const set = (name) => document.querySelector(`input[name=${name}]:checked`)?.value;
+  let mode = set("horizontal") ?? "step", close = set("vertical") === "close";
 
   const style = () => getComputedStyle(document.documentElement);
   // Colours are named in the figures and valued in the stylesheet, so that one figure serves the light and the dark page.
@@ -34,9 +36,8 @@
       hoverlabel: { bgcolor: value("--raised"), bordercolor: value("--soft"), font: { color: value("--ink"), family: value("--sans") }, align: "left" },
       ...themed(layout, css),
     };
-    whole.xaxis = { ...axis, ...whole.xaxis };
+    whole.xaxis = { ...axis, ...(axes[mode] ?? whole.xaxis) };
     whole.yaxis = { ...axis, ...whole.yaxis };
-    if (axes[mode]) whole.xaxis.title.text = axes[mode];
     if (closeup && close) whole.yaxis.range = closeup;
     Plotly.react(document.getElementById(id), themed(data, css), whole, { responsive: true, displayModeBar: false, doubleClick: false });
   }
@@ -53,20 +54,6 @@
       document.querySelectorAll(`button[data-recipe="${recipe}"]`).forEach((b) => b.setAttribute("aria-pressed", String(show)));
       drawAll();
     }));
-  document.querySelectorAll("button.copy").forEach((button) => {
-    button.hidden = false;
-    button.addEventListener("click", async () => {
-      const code = button.parentElement.querySelector("code");
-      try {
-        await navigator.clipboard.writeText(code.textContent);
-        button.textContent = "copied";
-      } catch {
-        getSelection().selectAllChildren(code);
-        button.textContent = "selected";
-      }
-      setTimeout(() => { button.textContent = "copy"; }, 2000);
-    });
-  });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
   drawAll();
 })();
