@@ -244,6 +244,9 @@ def test_two_optimizers_are_one_to_a_loop():
     again.load_state_dict(both.state_dict())
     state = again.optimizers[0].state[nets[1].weight]["momentum_buffer"]
     assert torch.equal(state, both.optimizers[0].state[nets[1].weight]["momentum_buffer"])
+    assert [g is h for g, h in zip(again.param_groups, [g for o in again.optimizers for g in o.param_groups])] == [
+        True
+    ] * 2
 
 
 def test_lbfgs_and_sparse_optimizers_are_refused_in_words(tmp_path):

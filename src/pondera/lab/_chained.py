@@ -41,3 +41,4 @@ class Chained(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for o, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             o.load_state_dict(state)
+        self.param_groups = [g for o in self.optimizers for g in o.param_groups]  # theirs are new ones now

@@ -18,6 +18,7 @@ from pondera._losses import default_loss, given_loss, given_scores
 from pondera.errors import BadInput, nearest
 from pondera.lab.data import Batch, Items, Part, Stream, count, joined, known_by, read
 
+TRAINERS = ("transformers", "accelerate", "lightning", "pytorch_lightning")  # what `pondera.lab.trainers` trains by
 LABELS = ("labels", "label")  # what a mapping's targets are called
 RATES = tuple(10 ** (k / 2) for k in range(-8, 1))  # 1e-4 ... 1, two a decade: wide enough for Adam, SGD and Muon alike
 
@@ -185,12 +186,16 @@ class Task:
         from pondera.lab.fingerprint import data_hash, imported_packages, local_sources, packages
 
         local = local_sources(self.source, self.path)
-        used = packages(imported_packages(self.source, self.path))
+        adapted = "pondera.lab.trainers" in self.source  # whose training is that of the packages it goes through
+        used = packages([*imported_packages(self.source, self.path), *(TRAINERS if adapted else ())])
         train, valid, test = _data_of(self.name, self.path, self.source, self.local)
         from pondera.lab.recipe import _source_hash
 
         optim = _source_hash("optim", self.settings.optim)
-        loop = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("train", "loop"))
+        loop = b"".join(
+            Path(__file__).with_name(f"{name}.py").read_bytes()
+            for name in ("train", "loop", *(["trainers"] if adapted else []))
+        )
         given = [train, *([valid] if valid is not None else []), test]
         if any(isinstance(part, Part) for part in given):
             parts = {}
