@@ -210,8 +210,8 @@ def test_an_end_is_extended_and_every_recipe_gets_as_many_further_trials(tiny):
 
 def test_extension_is_bounded_and_what_stays_at_an_end_is_said(tiny):
     plan = carry_out(Plan(design(tiny)), near(1e6))
+    assert [b.rounds for b in plan.blocks] == [EXTENSIONS] * 3
     for u in plan.of(0):
-        assert u.extended == EXTENSIONS
         assert u.point.rate == pytest.approx(10.0)
         assert u.ends == {RATE: 1}
 

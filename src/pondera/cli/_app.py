@@ -427,7 +427,7 @@ def reproduce(
 
 
 def _print_comparison(c: Any) -> None:
-    from pondera.lab.results import undecided
+    from pondera.lab.stats import undecided
 
     title = f"{c.task.name}: {c.task.settings.score}, {c.seeds} seeds, {c.steps} steps a run"
     table = new_table("recipe", "rate", "score [95%]", "difference to the first", "verdict", "ms/step", title=title)

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +23,7 @@ from pondera.lab.plan import TRIALS, Block, Design, Plan, Unit
 from pondera.lab.recipe import Recipe, as_recipe
 from pondera.lab.results import Comparison, Row
 from pondera.lab.space import grid, points
-from pondera.lab.stats import LEVEL, NONE, STEPS_SHARE, Difference, difference, family, nominal_level
+from pondera.lab.stats import LEVEL, NONE, STEPS_SHARE, Difference, difference, family, ladder_step, nominal_level
 from pondera.lab.store import Store
 from pondera.lab.task import Task, _one_line, load_task
 from pondera.lab.train import prepare, run, stream
@@ -586,11 +585,7 @@ def _resolution(plan: Plan) -> float:
     known = plan.design.task.resolution
     if known is not None:
         return known
-    seen = sorted(c[2] for r in plan.results.values() for c in r.get("curve", []) if math.isfinite(c[2]))
-    distinct = sorted(set(seen))
-    if len(distinct) < 2 or len(distinct) > len(seen) / 2:
-        return 0.0
-    return min(b - a for a, b in pairwise(distinct))
+    return ladder_step(c[2] for r in plan.results.values() for c in r.get("curve", []))
 
 
 def _longest(unit: Unit) -> list[list[float]]:

@@ -25,7 +25,6 @@ Over tasks there are two things, kept apart:
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 from pondera._words import listed
@@ -33,7 +32,7 @@ from pondera.errors import BadInput, nearest
 from pondera.lab.judgement import Gap, Judged, Judgement, counted, paired_scores
 from pondera.lab.outside import NAMED, Run, read
 from pondera.lab.over_tasks import DRAWS, aggregates, complete, scale
-from pondera.lab.stats import LEVEL, difference, holm, welch
+from pondera.lab.stats import LEVEL, difference, holm, ladder_step, welch
 
 NORMALISE = ("range", "none", "baseline")
 FEW = 5  # units from which on an interval means something
@@ -114,7 +113,7 @@ def judge(
 
 def _rows_of(task: str, methods: list[str], runs: list[Run], unit: str, resolution: float | None) -> list[Judged]:
     """A row for each method that ran on the task, its units averaged, the step of its scores found."""
-    step = _step([r.score for r in runs]) if resolution is None else resolution
+    step = ladder_step(r.score for r in runs) if resolution is None else resolution
     order = {u: i for i, u in enumerate(dict.fromkeys(_unit(r, unit) for r in runs))}
     smallest = math.inf
     found = []
@@ -136,19 +135,6 @@ def _rows_of(task: str, methods: list[str], runs: list[Run], unit: str, resoluti
 
 def _unit(run: Run, unit: str) -> str:
     return run.seed if unit == "seed" else run.tuning
-
-
-def _step(scores: Sequence[float]) -> float:
-    """The step of a ladder of scores, found as `compare` does: where at most half are distinct, their least distance.
-
-    >>> round(_step([0.9, 0.9, 0.91, 0.91, 0.93, 0.93]), 9), _step([0.9, 0.91, 0.93])
-    (0.01, 0.0)
-    """
-    seen = [s for s in scores if math.isfinite(s)]
-    distinct = sorted(set(seen))
-    if len(distinct) < 2 or len(distinct) > len(seen) / 2:
-        return 0.0
-    return min(b - a for a, b in pairwise(distinct))
 
 
 def _family(pairs: Sequence[tuple[Judged, Judged | None]], level: float, lower: bool) -> list[Gap | None]:

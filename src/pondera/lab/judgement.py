@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pondera._words import DASH, num, with_interval
-from pondera.lab.stats import LEVEL, NONE, Difference, interval
-
-MOST_NEEDED = 10_000  # units; a difference that takes more is as good as none
+from pondera.lab.stats import LEVEL, NONE, Difference, interval, undecided
 
 Triple = tuple[float, float, float]
 
@@ -253,15 +251,9 @@ def ranged(x: Triple | None, digits: int) -> str:
     return num(x[0], digits) if bare else f"{num(x[0], digits)} [{num(x[1], digits)}, {num(x[2], digits)}]"
 
 
-def undecided(d: Gap | None, digits: int, unit: str) -> str:
+def could(d: Gap | None, digits: int, unit: str) -> str:
     """What a difference that was not called could have been, in words; empty for one that was."""
-    if d is None or d.verdict != NONE:
-        return ""
-    each = " each" if not d.paired else ""
-    words = f"{d.n} {unit}s{each} show a difference of {num(d.shown, digits)} four times of five"
-    if d.needed is not None and d.n < d.needed <= MOST_NEEDED:
-        words += f"; one as seen takes about {d.needed:,}"
-    return words
+    return "" if d is None else undecided(d, digits, unit, each=not d.paired)
 
 
 def _lines_of(j: Judgement, task: str) -> list[str]:
@@ -275,7 +267,7 @@ def _lines_of(j: Judgement, task: str) -> list[str]:
         )
     lines = _aligned(cells)
     for r in rows:
-        words = "" if r.failed else undecided(r.difference, digits, j.unit)
+        words = "" if r.failed else could(r.difference, digits, j.unit)
         if words:
             lines.append(f"{r.method}: {words}")
     return lines
@@ -290,7 +282,7 @@ def _lines_over(j: Judgement) -> list[str]:
         better = ranged(a.improvement, 2) if a.improvement else ""
         cells.append((a.method, ranged(a.rank, 2), better, ranged(a.iqm, digits), gap, a.verdict))
     lines = _aligned(cells)
-    return lines + [f"{a.method}: {words}" for a in j.aggregates if (words := undecided(a.overall, 2, j.unit))]
+    return lines + [f"{a.method}: {words}" for a in j.aggregates if (words := could(a.overall, 2, j.unit))]
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:

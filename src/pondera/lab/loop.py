@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pondera.errors import BadInput
-from pondera.lab.data import Batch, Part, batches, count, moved
+from pondera.lab.data import Batch, batches, count, moved
 from pondera.lab.recipe import Recipe
 from pondera.lab.task import Task
 
@@ -287,8 +287,3 @@ def _scored(given: Any, task: Task, model: nn.Module, name: str, part: Any, part
             f"train() of the task {task.name} must return a score, a function of a part that gives one, or None; it gave a "
             f"{type(value).__name__}"
         ) from None
-
-
-def is_part(value: Any) -> bool:
-    """Whether a run's part is gone through batch by batch, not held as tensors."""
-    return isinstance(value, Part)

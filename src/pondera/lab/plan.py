@@ -114,7 +114,6 @@ class Unit:
         self.early: dict[int, Result] = {}
         self.late: dict[int, Result] = {}
         self.order: list[int] = []  # trials by their early value, best first
-        self.extended = 0
         self._rung = [self._spec(i, "rung", signal=self.first and i == 0) for i in range(len(self.points))]
         self._whole: dict[int, RunSpec] = {}
         self.stage = "rung"
@@ -184,7 +183,6 @@ class Unit:
 
     def extend(self) -> None:
         """One further trial to the end: beyond the end where the best point lies at one, else the next in order."""
-        self.extended += 1
         spaces, at = self.recipe.spaces, extendable(self.ends, self.recipe.spaces)
         start = self.best
         if start is None:

@@ -333,18 +333,6 @@ class Comparison:
         )
 
 
-def undecided(d: Difference | None, places: int = 4) -> str:
-    """What a difference that was not called could have been, in words; empty for one that was.
-
-    >>> undecided(Difference(0.01, -0.02, 0.04, 0.3, 5, shown=0.05, needed=40))
-    '5 seeds would show a difference of 0.0500 in four of five tables; the one seen would take about 40'
-    """
-    if d is None or d.verdict != NONE:
-        return ""
-    words = f"{d.n} seeds would show a difference of {d.shown:.{places}f} in four of five tables"
-    return words + (f"; the one seen would take about {d.needed:,}" if d.needed and d.needed > d.n else "")
-
-
 def _middle(x: list[float]) -> float:
     return sorted(x)[(len(x) - 1) // 2]
 

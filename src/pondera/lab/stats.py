@@ -16,10 +16,13 @@ The unit is a seed that was tuned for itself, so that what is repeated holds eve
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import TypeVar
+
+from pondera._words import num
 
 LEVEL = 0.05  # chance that a table of equals holds a verdict
 STEPS_SHARE = 0.8  # of it, for the verdicts at equal steps; the rest for those at equal time
@@ -28,6 +31,7 @@ POWER = 0.8  # at which a difference counts as one that would have been shown
 LARGE = 0.8  # Cohen's convention for a large standardised difference
 GROWTH = 1.5  # of the number of seeds, from one look to the next
 NONE = "no difference shown"
+MOST_NEEDED = 10_000  # units; a difference that takes more is as good as none
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,34 @@ def t_interval(
             low, high = (low, middle) if shown(*at(middle)) <= abs(mean) else (middle + 1, high)
         needed = low
     return Difference(mean, mean - half, mean + half, mean, 0, p, None, shown(se, df), needed)
+
+
+def ladder_step(scores: Iterable[float]) -> float:
+    """The step of a score, as the scores tell: where at most half are distinct, their least distance; else 0.
+
+    >>> round(ladder_step([0.9, 0.9, 0.91, 0.91, 0.93, 0.93]), 9), ladder_step([0.9, 0.91, 0.93])
+    (0.01, 0.0)
+    """
+    seen = [s for s in scores if math.isfinite(s)]
+    distinct = sorted(set(seen))
+    if len(distinct) < 2 or len(distinct) > len(seen) / 2:
+        return 0.0
+    return min(b - a for a, b in pairwise(distinct))
+
+
+def undecided(d: Difference | None, places: int = 4, unit: str = "seed", *, each: bool = False) -> str:
+    """What a difference that was not called could have been, in words; empty for one that was.
+
+    Args: places: decimals. unit: what is repeated. each: whether the units are of each arm, which are not paired.
+
+    >>> undecided(Difference(0.01, -0.02, 0.04, 0.3, 5, shown=0.05, needed=40))
+    '5 seeds would show a difference of 0.0500 in four of five tables; the one seen would take about 40'
+    """
+    if d is None or d.verdict != NONE:
+        return ""
+    words = f"{d.n} {unit}s{' each' * each} would show a difference of {num(d.shown, places)} in four of five tables"
+    known = d.needed is not None and d.n < d.needed <= MOST_NEEDED
+    return words + (f"; the one seen would take about {d.needed:,}" if known else "")
 
 
 # -- seeds added until decided -----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pondera._losses import default_loss, given_loss, given_scores
-from pondera.errors import BadInput, nearest
+from pondera.errors import BadInput, missing_extra, nearest
 from pondera.lab.data import Batch, Items, Part, Stream, count, joined, known_by, read
 
 TRAINERS = ("transformers", "accelerate", "lightning", "pytorch_lightning")  # what `pondera.lab.trainers` trains by
@@ -298,6 +298,8 @@ class Task:
         except BadInput:
             raise
         except Exception as error:
+            if missing := missing_extra(error, f"the task {self.name}"):
+                raise missing from error
             raise BadInput(
                 f"{name}() of the task {self.name} raised {type(error).__name__}: {_one_line(error)}"
             ) from error

@@ -30,9 +30,6 @@ FIELDS = {
     "room": 0.5,
     "objects": 0.5,
 }
-PHRASES = ("title", "words", "symptoms")  # fields of phrases, each of which may say what is asked by itself
-PHRASE = 4
-BAR = " | "  # between the phrases of a field
 B = 0.6
 K1 = 1.2  # saturation: how soon a repeated word stops adding
 SYNONYM = 0.5  # weight of a synonym beside the word itself

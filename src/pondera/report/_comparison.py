@@ -11,8 +11,8 @@ from pathlib import Path
 from pondera._words import DASH, decimals, listed, num, rate, seconds, signed, with_interval
 from pondera.doctor._snippet import snippet
 from pondera.errors import BadInput
-from pondera.lab.results import Comparison, Row, undecided
-from pondera.lab.stats import Difference
+from pondera.lab.results import Comparison, Row
+from pondera.lab.stats import Difference, undecided
 from pondera.report import _drawn as figures
 from pondera.report._figures import DASHES, SYMBOLS, Figure, colour
 from pondera.report._method import count, method

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pondera._words import DASH, listed, num, signed, with_interval
 from pondera.lab._judge import NORMALISE
-from pondera.lab.judgement import Aggregate, Gap, Judged, Judgement, places, places_of, ranged, undecided
+from pondera.lab.judgement import Aggregate, Gap, Judged, Judgement, could, places, places_of, ranged
 from pondera.lab.over_tasks import DRAWS, OVERALL_UNITS
 from pondera.lab.stats import NONE
 from pondera.report._figures import DASHES, Figure, Json, axis, colour, label, line, marked, marker, note
@@ -148,7 +148,7 @@ def _row(j: "Judgement", r: "Judged", several: bool, digits: int) -> str:
     key = kind(r)
     mark = "baseline" if key == "baseline" else _mark(key, r.verdict)
     gap = f"{signed(d.mean, digits)}<small>[{signed(d.low, digits)}, {signed(d.high, digits)}]</small>" if d else ""
-    shown = "" if r.failed else undecided(d, digits, j.unit)
+    shown = "" if r.failed else could(d, digits, j.unit)
     if d is None or not d.paired:
         n = f"{len(r.finished)}<small>{'' if d is None else 'unpaired'}</small>"
     else:
@@ -174,7 +174,7 @@ def _over(j: "Judgement", plots: list[Figure]) -> str:
         gap, key = a.overall, kind(a)
         told = f"{signed(gap.mean, 2)}<small>[{signed(gap.low, 2)}, {signed(gap.high, 2)}]</small>" if gap else ""
         mark = "baseline" if a.baseline else _mark(key, a.verdict)
-        words = undecided(gap, 2, j.unit)
+        words = could(gap, 2, j.unit)
         cells = [told + mark + (f"<small>{'<br>'.join(escape(words).split('; '))}</small>" if words else "")]
         cells += [_stacked(x, k) for x, k in ((a.rank, 2), (a.improvement, 2), (a.iqm, digits))]
         head = f'<th scope="row">{_name(a.method)}</th>'
