@@ -108,7 +108,7 @@ def run() -> list[dict[str, Any]]:
     note = f"the marks are 3 ms and flat; the store's two transactions took {1e3 * twelve[1]:.1f} ms besides"
     rows.append(row("bookkeeping of one run", "12 recipes", "2 recipes", twelve[0], two[0], note))
     for name, given, seeds, budget in (
-        ("two processes", RECIPES, 3, None),
+        ("two processes", RECIPES, 6, None),
         ("two processes, tiny work", ["", "salt=1"], 2, 10),
     ):
         spans = {}
