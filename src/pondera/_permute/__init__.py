@@ -10,6 +10,8 @@ from pondera._permute.spec import (
     State,
     apply_permutation,
     identities,
+    index_of,
+    names_of,
     random_permutations,
     reorder,
 )
@@ -22,6 +24,8 @@ __all__ = [
     "State",
     "apply_permutation",
     "identities",
+    "index_of",
+    "names_of",
     "random_permutations",
     "reorder",
     "trace_permutations",

@@ -1,6 +1,6 @@
 """Weight matching: reorder the hidden units of one network so that its weights lie nearest to another's."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from pondera._permute import (
     State,
     apply_permutation,
     identities,
+    index_of,
+    names_of,
     random_permutations,
     reorder,
     trace_permutations,
@@ -424,43 +426,77 @@ def _ascend(
     """Coordinate ascent from the permutations `first`."""
     from scipy.optimize import linear_sum_assignment
 
-    perms = dict(first)
-    now = {name: reorder(x, spec.axes.get(name, ()), perms) for name, x in b.items()}  # b as it lies at the moment
+    perms, names = dict(first), list(first)
     counted = {p: [q for q in places if q.tensor not in spec.carried] for p, places in spec.places.items()}
-    touched = {p: dict.fromkeys(q.tensor for q in places) for p, places in spec.places.items()}
-    norm = {name: float(a[name].double().norm() * b[name].double().norm()) for name in spec.axes}
-    names = list(perms)
-    history = [_objective(spec, a, now)]
+    norm = {q.tensor: 0.0 for places in counted.values() for q in places}
+    norm = {name: _norm(a[name]) * _norm(b[name]) for name in norm}
+    products = {p: _Products(spec, a, b, p, sizes[p], places) for p, places in counted.items() if places}
+    history = [_objective(spec, a, apply_permutation(spec, perms, b))]
     for _ in range(max_iter):
-        progress = False
-        for i in _shuffled(len(names), generator):
-            p = names[i]
-            A = sum(_products(a[q.tensor], now[q.tensor], q) for q in counted[p])  # A_ij: unit i of a with unit j of b
-            if not isinstance(A, Tensor):
-                continue  # stands on carried tensors alone
-            A = A.cpu()
+        total, progress = history[-1], False
+        for p in (names[i] for i in _shuffled(len(names), generator)):
+            if p not in products or not products[p].moved(perms):
+                continue  # stands on carried tensors alone, or lies best as it lies: nothing it hangs on has moved
+            A = products[p].at(perms).cpu()  # A_ij: unit i of a with unit j of b
             order = torch.from_numpy(linear_sum_assignment(A.numpy(), maximize=True)[1])
-            gain = float(A.gather(1, order[:, None]).sum() - A.trace())
-            if gain <= TOLERANCE * sum(norm[q.tensor] for q in counted[p]):
-                continue
-            progress = True
-            perms[p] = perms[p][order]
-            for name in touched[p]:
-                now[name] = reorder(now[name], spec.axes[name], {p: order})
-        history.append(_objective(spec, a, now))
+            gain = float((A.gather(1, order[:, None]) - A.gather(1, perms[p][:, None])).sum())
+            if gain > TOLERANCE * sum(norm[q.tensor] for q in counted[p]):
+                perms[p], total, progress = order, total + gain, True
+        history.append(total)
         if not progress:
             return _Run(perms, history, True)
     return _Run(perms, history, False)
 
 
+class _Products:
+    """Inner products of a permutation's units, a's with b's, in float64, where the other permutations lie as they lie.
+
+    Once others have moved, only the entries that they moved are multiplied anew. The n x n products are kept for that,
+    where the tensors they come from hold at least as many numbers; elsewhere all is multiplied anew.
+    """
+
+    def __init__(self, spec: PermutationSpec, a: State, b: State, p: str, n: int, places: Sequence[Place]) -> None:
+        self.a, self.b, self.axes, self.n, self.places = a, b, spec.axes, n, places
+        tensors = dict.fromkeys(q.tensor for q in places)
+        self.beside = {q for name in tensors for entry in spec.axes[name] for q in names_of(entry)} - {p}
+        self.keep = n * n <= sum(a[name].numel() for name in tensors)
+        self.kept: Tensor | None = None
+        self.others: Permutations | None = None  # as they lay the last time
+
+    def moved(self, perms: Permutations) -> bool:
+        """Whether another permutation has moved since the last time, or there was none."""
+        return self.others is None or any(perms[q] is not old for q, old in self.others.items())
+
+    def at(self, perms: Permutations) -> Float[Tensor, "n n"]:
+        """Unit i of a with unit j of b as given."""
+        now = {q: perms[q] for q in self.beside}
+        A = self.kept
+        if A is None:
+            A = torch.zeros(self.n, self.n, dtype=torch.float64, device=self.a[self.places[0].tensor].device)
+        for place in self.places:
+            for x, y in self._factors(place, now):
+                A += _units(x, place) @ _units(y, place).T.to(A.device)
+        self.others, self.kept = now, A if self.keep else None
+        return A
+
+    def _factors(self, place: Place, now: Permutations) -> Iterator[tuple[Tensor, Tensor]]:
+        """What to multiply: parts of a, and of b what is new there."""
+        a, b, entries = self.a[place.tensor], self.b[place.tensor], self.axes[place.tensor]
+        if self.kept is None or self.others is None:
+            yield a, reorder(b, entries, now)
+            return
+        for axis, entry in enumerate(entries):  # one axis after the other goes from where it lay to where it lies
+            if not any(now[q] is not self.others[q] for q in names_of(entry) & now.keys()):
+                continue
+            was, lies = index_of(entry, self.others), index_of(entry, now)
+            at = (was != lies).nonzero().flatten() if axis != place.axis else torch.arange(len(was))
+            y = b.index_select(axis, lies[at].to(b.device)).double() - b.index_select(axis, was[at].to(b.device))
+            y = reorder(y, entries[:axis], now)
+            yield a.index_select(axis, at.to(a.device)), reorder(y, (*(None,) * (axis + 1), *entries[axis + 1 :]), self.others)
+
+
 def _shuffled(n: int, generator: Generator | None) -> list[int]:
     return torch.randperm(n, generator=generator, device=generator.device if generator else None).tolist()
-
-
-def _products(x: Tensor, y: Tensor, place: Place) -> Float[Tensor, "n n"]:
-    """Inner products of the units of two tensors, in float64."""
-    x, y = (_units(t, place) for t in (x, y))
-    return x @ y.to(x.device).T
 
 
 def _units(x: Tensor, place: Place) -> Float[Tensor, "n rest"]:
@@ -469,6 +505,10 @@ def _units(x: Tensor, place: Place) -> Float[Tensor, "n rest"]:
     n = place.n or len(x)
     x = x[place.start : place.start + place.outer * n * place.inner]
     return x.reshape(place.outer, n, -1).transpose(0, 1).reshape(n, -1)
+
+
+def _norm(x: Tensor) -> float:
+    return float(x.double().norm())
 
 
 def _objective(spec: PermutationSpec, a: State, b: State) -> float:
