@@ -9,8 +9,8 @@ import torch
 from torch import Generator, Tensor
 
 from pondera._safetensors import FileModel, appearing_file, header, in_order, write
-from pondera.errors import BadInput
-from pondera.init.weight_selection import Plan, Spec, check_finite, take
+from pondera.errors import BadInput, all_finite
+from pondera.init.weight_selection import Plan, Spec, take
 
 CHUNK = 2**24  # bytes of the large model looked at in one go
 
@@ -88,7 +88,8 @@ def select_file(
             indices = [torch.arange(n) for n in shape] if source is None else plan.indices(name)
             for rows in _rows(model, taken, indices):
                 rows = rows.to(small.dtypes[name])
-                check_finite(rows, f"{who} found NaN or infinity in what it takes from {taken} of {model.said}")
+                if not all_finite(rows):
+                    raise BadInput(f"{who} found NaN or infinity in what it takes from {taken} of {model.said}")
                 write(file, rows.flatten())
     return [
         Selected(name, small.shapes[name], source, None if source is None else large.shapes[source])

@@ -492,7 +492,10 @@ class _Products:
             at = (was != lies).nonzero().flatten() if axis != place.axis else torch.arange(len(was))
             y = b.index_select(axis, lies[at].to(b.device)).double() - b.index_select(axis, was[at].to(b.device))
             y = reorder(y, entries[:axis], now)
-            yield a.index_select(axis, at.to(a.device)), reorder(y, (*(None,) * (axis + 1), *entries[axis + 1 :]), self.others)
+            yield (
+                a.index_select(axis, at.to(a.device)),
+                reorder(y, (*(None,) * (axis + 1), *entries[axis + 1 :]), self.others),
+            )
 
 
 def _shuffled(n: int, generator: Generator | None) -> list[int]:
