@@ -4,6 +4,7 @@ Imports point one way: `labels` below `rules`, both and `spec` below `trace`.
 """
 
 from pondera._permute.spec import (
+    Axis,
     Permutations,
     PermutationSpec,
     Place,
@@ -18,6 +19,7 @@ from pondera._permute.spec import (
 from pondera._permute.trace import trace_permutations
 
 __all__ = [
+    "Axis",
     "PermutationSpec",
     "Permutations",
     "Place",

@@ -205,6 +205,7 @@ def inspect(
     Raises: BadInput: if the batch is empty, constant, holds NaN or does not fit the model (with what the model said);
         if a weight holds NaN; if the model has no layer, is on the meta device, or its output does not fit the loss.
 
+    >>> import torch
     >>> seed = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
     >>> with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 
 from pondera._batch import Batch
 from pondera._permute import (
+    Axis,
     Permutations,
     PermutationSpec,
     Place,
@@ -136,7 +137,7 @@ def weight_matching(
     for start in range(restarts):
         first = random_permutations(sizes, generator) if start else identities(sizes)
         runs.append(_ascend(spec, sizes, a, b, first, generator, max_iter))
-    best = max(runs, key=lambda run: run.history[-1])
+    best = replace(max(runs, key=lambda run: run.history[-1]), square=runs[0].square)
     return _matched(spec, a, b, best, best.history, tuple(run.history[-1] for run in runs))
 
 
@@ -309,8 +310,9 @@ def straight_through_matching(
                 best = perms
     if best is None:
         raise BadInput(f"{who} needs at least one epoch with at least one batch, got {epochs} epochs and no batch")
-    kept = _Run(best, [_objective(spec, a, apply_permutation(spec, best, b))], converged)
-    return _matched(spec, a, b, kept, losses, (kept.history[-1],))
+    wide = _Wide(), _Wide()
+    kept = _Run(best, losses, _compare(spec, a, b, {}, wide)[1], converged)
+    return _matched(spec, a, b, kept, losses, (_compare(spec, a, b, best, wide)[0],))
 
 
 @dataclass(frozen=True)
@@ -389,7 +391,7 @@ def singular_alignment(
     for name in names:
         _require_same(name, a, b, who)
         (u, s, vt), (w, t, zt) = (
-            torch.linalg.svd(_finite(x[name], name, who).flatten(1), full_matrices=False) for x in (a, b)
+            torch.linalg.svd(_finite(x[name], name, who).double().flatten(1), full_matrices=False) for x in (a, b)
         )
         values[name] = s, t
         same = (u.T @ w) * (vt @ zt.T)
@@ -409,8 +411,11 @@ def singular_alignment(
 
 @dataclass(frozen=True)
 class _Run:
+    """square: squared distance of the networks at the start."""
+
     permutations: dict[str, Tensor]
     history: list[float]
+    square: float
     converged: bool
 
 
@@ -426,26 +431,54 @@ def _ascend(
     """Coordinate ascent from the permutations `first`."""
     from scipy.optimize import linear_sum_assignment
 
-    perms, names = dict(first), list(first)
-    counted = {p: [q for q in places if q.tensor not in spec.carried] for p, places in spec.places.items()}
-    norm = {q.tensor: 0.0 for places in counted.values() for q in places}
-    norm = {name: _norm(a[name]) * _norm(b[name]) for name in norm}
-    products = {p: _Products(spec, a, b, p, sizes[p], places) for p, places in counted.items() if places}
-    history = [_objective(spec, a, apply_permutation(spec, perms, b))]
+    perms, names, wide = dict(first), list(first), (_Wide(), _Wide(), _Wide())
+    start, square, norm = _compare(spec, a, b, perms, wide)
+    products = {p: _Products(spec, a, b, p, sizes[p], wide) for p in names}
+    least = {p: TOLERANCE * sum(norm[place.tensor] for place, _ in products[p].places) for p in names}
+    history = [start]
     for _ in range(max_iter):
         total, progress = history[-1], False
         for p in (names[i] for i in _shuffled(len(names), generator)):
-            if p not in products or not products[p].moved(perms):
-                continue  # stands on carried tensors alone, or lies best as it lies: nothing it hangs on has moved
+            if not products[p].moved(perms):
+                continue  # nothing it hangs on has moved: it lies best as it lies
             A = products[p].at(perms).cpu()  # A_ij: unit i of a with unit j of b
             order = torch.from_numpy(linear_sum_assignment(A.numpy(), maximize=True)[1])
             gain = float((A.gather(1, order[:, None]) - A.gather(1, perms[p][:, None])).sum())
-            if gain > TOLERANCE * sum(norm[q.tensor] for q in counted[p]):
+            if gain > least[p]:
                 perms[p], total, progress = order, total + gain, True
         history.append(total)
         if not progress:
-            return _Run(perms, history, True)
-    return _Run(perms, history, False)
+            return _Run(perms, history, square, True)
+    return _Run(perms, history, square, False)
+
+
+def _compare(
+    spec: PermutationSpec, a: State, b: State, perms: Permutations, wide: "tuple[_Wide, ...]"
+) -> tuple[float, float, dict[str, float]]:
+    """Objective and squared distance with b reordered, and |a| |b| of each tensor; what is carried does not count."""
+    objective, square, norm = 0.0, 0.0, {}
+    for name, entries in spec.axes.items():
+        if name not in spec.carried:
+            x, y = (into(t).flatten() for into, t in zip(wide, (a[name], reorder(b[name], entries, perms))))
+            norm[name] = (float(x @ x) * float(y @ y)) ** 0.5
+            objective += float(x @ y) if any(map(names_of, entries)) else 0.0
+            square += float(x.sub_(y) @ x) if a[name].is_floating_point() else 0.0
+    return objective, square, norm
+
+
+class _Wide:
+    """Tensors in float64, each in the memory of the one before it: fresh memory costs more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self.held = torch.empty(0, dtype=torch.float64)
+
+    def __call__(self, x: Tensor, device: torch.device | None = None) -> Tensor:
+        if self.held.numel() < x.numel() or self.held.device != (device or x.device):
+            self.held = torch.empty(x.numel(), dtype=torch.float64, device=device or x.device)
+        return self.held[: x.numel()].view(x.shape).copy_(x)
+
+
+_Beside = tuple[int, Axis, set[str]]  # an axis of a tensor, its entry, and which other permutations stand there
 
 
 class _Products:
@@ -455,13 +488,18 @@ class _Products:
     where the tensors they come from hold at least as many numbers; elsewhere all is multiplied anew.
     """
 
-    def __init__(self, spec: PermutationSpec, a: State, b: State, p: str, n: int, places: Sequence[Place]) -> None:
-        self.a, self.b, self.axes, self.n, self.places = a, b, spec.axes, n, places
-        tensors = dict.fromkeys(q.tensor for q in places)
-        self.beside = {q for name in tensors for entry in spec.axes[name] for q in names_of(entry)} - {p}
-        self.keep = n * n <= sum(a[name].numel() for name in tensors)
+    def __init__(
+        self, spec: PermutationSpec, a: State, b: State, p: str, n: int, wide: tuple[_Wide, _Wide, _Wide]
+    ) -> None:
+        self.a, self.b, self.n, self.wide = a, b, n, wide
+        self.places: list[tuple[Place, list[_Beside]]] = []
+        for place in spec.places[p]:
+            if place.tensor not in spec.carried:
+                axes = ((axis, entry, names_of(entry) - {p}) for axis, entry in enumerate(spec.axes[place.tensor]))
+                self.places.append((place, [beside for beside in axes if beside[2]]))
+        self.keep = n * n <= sum(a[name].numel() for name in {place.tensor for place, _ in self.places})
         self.kept: Tensor | None = None
-        self.others: Permutations | None = None  # as they lay the last time
+        self.others: Permutations | None = None if self.places else {}  # as they lay the last time
 
     def moved(self, perms: Permutations) -> bool:
         """Whether another permutation has moved since the last time, or there was none."""
@@ -469,69 +507,58 @@ class _Products:
 
     def at(self, perms: Permutations) -> Float[Tensor, "n n"]:
         """Unit i of a with unit j of b as given."""
-        now = {q: perms[q] for q in self.beside}
+        now = {q: perms[q] for _, axes in self.places for _, _, names in axes for q in names}
         A = self.kept
         if A is None:
-            A = torch.zeros(self.n, self.n, dtype=torch.float64, device=self.a[self.places[0].tensor].device)
-        for place in self.places:
-            for x, y in self._factors(place, now):
-                A += _units(x, place) @ _units(y, place).T.to(A.device)
+            A = torch.zeros(self.n, self.n, dtype=torch.float64, device=self.a[self.places[0][0].tensor].device)
+        for place, axes in self.places:
+            for factors in self._factors(place, axes, now):
+                x, y, *less = (into(t.movedim(place.axis, 0), A.device) for into, t in zip(self.wide, factors))
+                y = y.sub_(*less) if less else y
+                A.addmm_(_units(x, place), _units(y, place).T)
         self.others, self.kept = now, A if self.keep else None
         return A
 
-    def _factors(self, place: Place, now: Permutations) -> Iterator[tuple[Tensor, Tensor]]:
-        """What to multiply: parts of a, and of b what is new there."""
-        a, b, entries = self.a[place.tensor], self.b[place.tensor], self.axes[place.tensor]
-        if self.kept is None or self.others is None:
-            yield a, reorder(b, entries, now)
+    def _factors(self, place: Place, axes: list[_Beside], now: Permutations) -> Iterator[tuple[Tensor, ...]]:
+        """What to multiply: a with b, or parts of a with what lies there in b, less what lay there."""
+        a, b, old = self.a[place.tensor], self.b[place.tensor], self.others
+        if self.kept is None or old is None:
+            yield a, _ordered(b, axes, now)
             return
-        for axis, entry in enumerate(entries):  # one axis after the other goes from where it lay to where it lies
-            if not any(now[q] is not self.others[q] for q in names_of(entry) & now.keys()):
+        for i, (axis, entry, names) in enumerate(axes):  # one axis after the other goes from `old` to `now`
+            if all(now[q] is old[q] for q in names):
                 continue
-            was, lies = index_of(entry, self.others), index_of(entry, now)
+            was, lies = index_of(entry, old), index_of(entry, now)
             at = (was != lies).nonzero().flatten() if axis != place.axis else torch.arange(len(was))
-            y = b.index_select(axis, lies[at].to(b.device)).double() - b.index_select(axis, was[at].to(b.device))
-            y = reorder(y, entries[:axis], now)
-            yield (
-                a.index_select(axis, at.to(a.device)),
-                reorder(y, (*(None,) * (axis + 1), *entries[axis + 1 :]), self.others),
-            )
+            parts = [x.index_select(axis, index[at].to(x.device)) for x, index in ((b, lies), (b, was))]
+            parts = [_ordered(_ordered(x, axes[:i], now), axes[i + 1 :], old) for x in parts]
+            yield a.index_select(axis, at.to(a.device)), *parts
+
+
+def _ordered(x: Tensor, axes: Sequence[_Beside], perms: Permutations) -> Tensor:
+    for axis, entry, _ in axes:
+        x = x.index_select(axis, index_of(entry, perms).to(x.device))
+    return x
+
+
+def _units(x: Tensor, place: Place) -> Float[Tensor, "n rest"]:
+    """A tensor with the permuted axis first, as one row a unit of the permutation."""
+    n = place.n or len(x)
+    x = x[place.start : place.start + place.outer * n * place.inner]
+    return x.reshape(place.outer, n, -1).transpose(0, 1).reshape(n, -1)
 
 
 def _shuffled(n: int, generator: Generator | None) -> list[int]:
     return torch.randperm(n, generator=generator, device=generator.device if generator else None).tolist()
 
 
-def _units(x: Tensor, place: Place) -> Float[Tensor, "n rest"]:
-    """A tensor as one row a unit of a permutation."""
-    x = x.double().movedim(place.axis, 0)
-    n = place.n or len(x)
-    x = x[place.start : place.start + place.outer * n * place.inner]
-    return x.reshape(place.outer, n, -1).transpose(0, 1).reshape(n, -1)
-
-
-def _norm(x: Tensor) -> float:
-    return float(x.double().norm())
-
-
-def _objective(spec: PermutationSpec, a: State, b: State) -> float:
-    """Sum over tensors of <W_a, W_b>, over those that a permutation moves and that count."""
-    names = dict.fromkeys(q.tensor for places in spec.places.values() for q in places if q.tensor not in spec.carried)
-    return sum(float(a[name].double().flatten() @ b[name].to(a[name].device).double().flatten()) for name in names)
-
-
 def _matched(
     spec: PermutationSpec, a: State, b: State, run: _Run, history: Sequence[float], objectives: tuple[float, ...]
 ) -> Matched:
     new = apply_permutation(spec, run.permutations, b)
+    _, after, _ = _compare(spec, a, new, {}, (_Wide(), _Wide()))
     new = {name: x.clone() if x is b[name] else x for name, x in new.items()}
-    distance = _distance(spec, a, b), _distance(spec, a, new)
-    return Matched(run.permutations, new, tuple(history), objectives, distance, run.converged)
-
-
-def _distance(spec: PermutationSpec, a: State, b: State) -> float:
-    names = [name for name in spec.axes if name not in spec.carried and a[name].is_floating_point()]
-    return sum(float((a[name].double() - b[name].to(a[name].device).double()).square().sum()) for name in names) ** 0.5
+    return Matched(run.permutations, new, tuple(history), objectives, (run.square**0.5, after**0.5), run.converged)
 
 
 def _spread(states: Sequence[State], total: Mapping[str, Tensor], names: Sequence[str]) -> float:
@@ -587,7 +614,5 @@ def _require_same(name: str, a: State, b: State, who: str) -> None:
 
 
 def _finite(x: Tensor, name: str, who: str) -> Float[Tensor, "*shape"]:
-    """A tensor in float64; integers (counters, indices) are finite as they are."""
-    if x.is_floating_point() or x.is_complex() or x.is_meta:
-        require_finite(x, who, name)
-    return x.double()
+    """A tensor without NaN or infinity; integers (counters, indices) are finite as they are."""
+    return require_finite(x, who, name) if x.is_floating_point() or x.is_complex() or x.is_meta else x
