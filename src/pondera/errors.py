@@ -6,6 +6,7 @@ their errors without it.
 
 import difflib
 import importlib.util
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -196,7 +197,7 @@ def all_finite(x: "Tensor") -> bool:
     if x.layout != torch.strided:
         return bool(torch.isfinite(x).all())
     x = _parts(x)
-    return bool(x.sum().isfinite()) or all(bool(end.isfinite()) for end in x.aminmax())
+    return math.isfinite(x.sum()) or all(math.isfinite(end) for end in x.aminmax())
 
 
 def not_finite(x: "Tensor") -> int:

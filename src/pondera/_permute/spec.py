@@ -202,10 +202,10 @@ def names_of(entry: Axis) -> set[str]:
     return {name for row in entry or () for name, _ in row if name is not None}
 
 
-def index_of(entry: Axis, permutations: Permutations) -> Int[Tensor, "n"]:
-    """Where the entries of a reordered axis come from."""
+def index_of(entry: Axis, permutations: Permutations, size: int | None = None) -> Int[Tensor, "n"]:
+    """Where the entries of a reordered axis come from. size: of an axis whose only permutation may be left out."""
     if isinstance(entry, str):
-        return permutations[entry].cpu()
+        return permutations[entry].cpu() if entry in permutations or size is None else torch.arange(size)
     parts, start = [], 0
     for row in entry or ():
         index = torch.zeros(1, dtype=torch.long)

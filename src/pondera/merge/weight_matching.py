@@ -135,7 +135,7 @@ def weight_matching(
     sizes = _require_alike([a, b], spec, who)
     runs = []
     for start in range(restarts):
-        first = random_permutations(sizes, generator) if start else identities(sizes)
+        first = random_permutations(sizes, generator) if start else {}
         runs.append(_ascend(spec, sizes, a, b, first, generator, max_iter))
     best = replace(max(runs, key=lambda run: run.history[-1]), square=runs[0].square)
     return _matched(spec, a, b, best, best.history, tuple(run.history[-1] for run in runs))
@@ -215,7 +215,7 @@ def match_many(
         progress = False
         for i in _shuffled(len(now), generator):
             others = dict(now[i]) | {name: (total[name] - now[i][name]) / (len(now) - 1) for name in counted}
-            run = _ascend(spec, sizes, others, now[i], identities(sizes), generator, max_iter)
+            run = _ascend(spec, sizes, others, now[i], {}, generator, max_iter)
             if all(torch.equal(order, torch.arange(sizes[p])) for p, order in run.permutations.items()):
                 continue
             progress = True
@@ -428,13 +428,14 @@ def _ascend(
     generator: Generator | None,
     max_iter: int,
 ) -> _Run:
-    """Coordinate ascent from the permutations `first`."""
+    """Coordinate ascent from the permutations `first`; those left out begin with the identity."""
     from scipy.optimize import linear_sum_assignment
 
-    perms, names, wide = dict(first), list(first), (_Wide(), _Wide(), _Wide())
+    perms, names, wide = dict(first), list(sizes), (_Wide(), _Wide(), _Wide())
+    still = identities(sizes)
     start, square, norm = _compare(spec, a, b, perms, wide)
     products = {p: _Products(spec, a, b, p, sizes[p], wide) for p in names}
-    least = {p: TOLERANCE * sum(norm[place.tensor] for place, _ in products[p].places) for p in names}
+    least = {p: TOLERANCE * sum(norm[name] for name in products[p].tensors) for p in names}
     history = [start]
     for _ in range(max_iter):
         total, progress = history[-1], False
@@ -443,13 +444,13 @@ def _ascend(
                 continue  # nothing it hangs on has moved: it lies best as it lies
             A = products[p].at(perms).cpu()  # A_ij: unit i of a with unit j of b
             order = torch.from_numpy(linear_sum_assignment(A.numpy(), maximize=True)[1])
-            gain = float((A.gather(1, order[:, None]) - A.gather(1, perms[p][:, None])).sum())
+            gain = float((A.gather(1, order[:, None]) - A.gather(1, perms.get(p, still[p])[:, None])).sum())
             if gain > least[p]:
                 perms[p], total, progress = order, total + gain, True
         history.append(total)
         if not progress:
-            return _Run(perms, history, square, True)
-    return _Run(perms, history, square, False)
+            return _Run(still | perms, history, square, True)
+    return _Run(still | perms, history, square, False)
 
 
 def _compare(
@@ -493,24 +494,34 @@ class _Products:
     ) -> None:
         self.a, self.b, self.n, self.wide = a, b, n, wide
         self.places: list[tuple[Place, list[_Beside]]] = []
+        self.vectors: list[str] = []  # biases and the like: many, small and reordered by nothing else
         for place in spec.places[p]:
-            if place.tensor not in spec.carried:
+            if place.tensor in spec.carried:
+                continue
+            if len(spec.axes[place.tensor]) == 1 and place.n is None:
+                self.vectors.append(place.tensor)
+            else:
                 axes = ((axis, entry, names_of(entry) - {p}) for axis, entry in enumerate(spec.axes[place.tensor]))
                 self.places.append((place, [beside for beside in axes if beside[2]]))
-        self.keep = n * n <= sum(a[name].numel() for name in {place.tensor for place, _ in self.places})
+        self.beside = {q for _, axes in self.places for _, _, names in axes for q in names}
+        self.tensors = [*self.vectors, *dict.fromkeys(place.tensor for place, _ in self.places)]
+        self.keep = n * n <= sum(a[name].numel() for name in self.tensors)
         self.kept: Tensor | None = None
-        self.others: Permutations | None = None if self.places else {}  # as they lay the last time
+        self.others: Permutations | None = None if self.tensors else {}  # as they lay the last time
 
     def moved(self, perms: Permutations) -> bool:
         """Whether another permutation has moved since the last time, or there was none."""
-        return self.others is None or any(perms[q] is not old for q, old in self.others.items())
+        return self.others is None or any(perms.get(q) is not self.others.get(q) for q in self.beside)
 
     def at(self, perms: Permutations) -> Float[Tensor, "n n"]:
         """Unit i of a with unit j of b as given."""
-        now = {q: perms[q] for _, axes in self.places for _, _, names in axes for q in names}
+        now = {q: perms[q] for q in self.beside if q in perms}
         A = self.kept
         if A is None:
-            A = torch.zeros(self.n, self.n, dtype=torch.float64, device=self.a[self.places[0][0].tensor].device)
+            A = torch.zeros(self.n, self.n, dtype=torch.float64, device=self.a[self.tensors[0]].device)
+            if self.vectors:
+                x, y = (torch.stack([s[t].to(A) for t in self.vectors]) for s in (self.a, self.b))
+                A.addmm_(x.T, y)
         for place, axes in self.places:
             for factors in self._factors(place, axes, now):
                 x, y, *less = (into(t.movedim(place.axis, 0), A.device) for into, t in zip(self.wide, factors))
@@ -526,9 +537,9 @@ class _Products:
             yield a, _ordered(b, axes, now)
             return
         for i, (axis, entry, names) in enumerate(axes):  # one axis after the other goes from `old` to `now`
-            if all(now[q] is old[q] for q in names):
+            if all(now.get(q) is old.get(q) for q in names):
                 continue
-            was, lies = index_of(entry, old), index_of(entry, now)
+            was, lies = (index_of(entry, perms, b.shape[axis]) for perms in (old, now))
             at = (was != lies).nonzero().flatten() if axis != place.axis else torch.arange(len(was))
             parts = [x.index_select(axis, index[at].to(x.device)) for x, index in ((b, lies), (b, was))]
             parts = [_ordered(_ordered(x, axes[:i], now), axes[i + 1 :], old) for x in parts]
@@ -536,14 +547,17 @@ class _Products:
 
 
 def _ordered(x: Tensor, axes: Sequence[_Beside], perms: Permutations) -> Tensor:
-    for axis, entry, _ in axes:
-        x = x.index_select(axis, index_of(entry, perms).to(x.device))
+    for axis, entry, names in axes:
+        if names & perms.keys():
+            x = x.index_select(axis, index_of(entry, perms).to(x.device))
     return x
 
 
 def _units(x: Tensor, place: Place) -> Float[Tensor, "n rest"]:
     """A tensor with the permuted axis first, as one row a unit of the permutation."""
     n = place.n or len(x)
+    if n == len(x):
+        return x.flatten(1) if x.ndim > 1 else x[:, None]
     x = x[place.start : place.start + place.outer * n * place.inner]
     return x.reshape(place.outer, n, -1).transpose(0, 1).reshape(n, -1)
 
@@ -555,8 +569,11 @@ def _shuffled(n: int, generator: Generator | None) -> list[int]:
 def _matched(
     spec: PermutationSpec, a: State, b: State, run: _Run, history: Sequence[float], objectives: tuple[float, ...]
 ) -> Matched:
-    new = apply_permutation(spec, run.permutations, b)
-    _, after, _ = _compare(spec, a, new, {}, (_Wide(), _Wide()))
+    new, wide, after = apply_permutation(spec, run.permutations, b), _Wide(), 0.0
+    for name in spec.axes:
+        if name not in spec.carried and a[name].is_floating_point():
+            apart = wide(a[name]).sub_(new[name].to(a[name].device)).flatten()
+            after += float(apart @ apart)
     new = {name: x.clone() if x is b[name] else x for name, x in new.items()}
     return Matched(run.permutations, new, tuple(history), objectives, (run.square**0.5, after**0.5), run.converged)
 
