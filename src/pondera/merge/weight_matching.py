@@ -1,8 +1,9 @@
 """Weight matching: reorder the hidden units of one network so that its weights lie nearest to another's."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,8 +40,9 @@ class Matched:
     Attributes:
         permutations: by name; unit i of the result is unit `permutations[p][i]` of what was given.
         state: the reordered state.
-        history: the objective, sum over tensors of <W_a, reordered W_b>, at the identity and after every pass of the start
-            that was kept; from `straight_through_matching` the loss at the midpoint, minibatch by minibatch.
+        history: the objective, the sum of <W_a, reordered W_b> over the tensors that some permutation reorders and that are
+            not carried, at the identity and after every pass of the start that was kept (at its random permutations,
+            where it is not the first); from `straight_through_matching` the loss at the midpoint, minibatch by minibatch.
         objectives: the objective each start ended with.
         distance: distance of the two networks before and after; the objective is all of it that permutations change.
         converged: whether a whole pass brought nothing more; from `straight_through_matching` whether every match did.
@@ -89,17 +91,22 @@ def weight_matching(
     .. math:: \arg\min_\pi \lVert \theta_a - \pi(\theta_b) \rVert^2
               = \arg\max_\pi \sum_\ell \langle W^a_\ell,\; P_\ell W^b_\ell P_{\ell-1}^T \rangle
 
+    The sum runs over the tensors that some permutation reorders: what the others hold, such as the last layer's bias, is
+    the same wherever the units lie and is left out of the objective, as is what the spec carries.
+
     With all permutations but one held, that one is a linear assignment and is solved exactly; permutations are visited
     in a random order until a whole pass brings nothing (more than 1e-12 of |a| |b|, in float64). Every pass can only
     raise the objective. The end depends on the order: with several hidden layers it is a local optimum, with one the
-    global one.
+    global one. One whose neighbours have not moved since its last visit lies best as it lies and is passed over; of the
+    products of the others only those with units that moved are taken anew.
 
     Permutations change no singular value. What matching does is to turn the leading singular vectors of the two networks
     toward each other (`singular_alignment`); the distance falls little between networks trained apart. Merge the two,
     `(1 - t) * a + t * result`, or look at `barrier`. Batch norm's running statistics are reordered with the units, do
     not count in the match, and must be re-estimated after merging (`reset_norms_`).
 
-    Both networks and one reordered copy are in memory; products are float64, one tensor at a time.
+    Both networks and one reordered copy are in memory, and in float64 up to three tensors at a time and the n x n products
+    of each permutation of n units; these are kept where the tensors that it reorders hold at least n x n numbers.
 
     Args:
         a: the network that stays, a module or a state dict.
@@ -137,8 +144,8 @@ def weight_matching(
     for start in range(restarts):
         first = random_permutations(sizes, generator) if start else {}
         runs.append(_ascend(spec, sizes, a, b, first, generator, max_iter))
-    best = replace(max(runs, key=lambda run: run.history[-1]), square=runs[0].square)
-    return _matched(spec, a, b, best, best.history, tuple(run.history[-1] for run in runs))
+    best = max(runs, key=lambda run: run.history[-1])
+    return _matched(spec, a, b, best, runs[0].start.objective, best.history, tuple(run.history[-1] for run in runs))
 
 
 @dataclass(frozen=True)
@@ -311,8 +318,9 @@ def straight_through_matching(
     if best is None:
         raise BadInput(f"{who} needs at least one epoch with at least one batch, got {epochs} epochs and no batch")
     wide = _Wide(), _Wide()
-    kept = _Run(best, losses, _compare(spec, a, b, {}, wide)[1], converged)
-    return _matched(spec, a, b, kept, losses, (_compare(spec, a, b, best, wide)[0],))
+    start = _compare(spec, a, b, {}, wide)
+    kept = _Run(best, losses, start, converged)
+    return _matched(spec, a, b, kept, start.objective, losses, (_compare(spec, a, b, best, wide).objective,))
 
 
 @dataclass(frozen=True)
@@ -410,12 +418,21 @@ def singular_alignment(
 
 
 @dataclass(frozen=True)
-class _Run:
-    """square: squared distance of the networks at the start."""
+class _Start:
+    """objective: as in `Matched`. norm: |a| |b| of each tensor. size: |a|^2 + |b|^2 of all floating-point ones; rest: their
+    <a, b> where no permutation moves anything; NaN if one moves integers, which count in the objective alone."""
 
+    objective: float
+    norm: dict[str, float]
+    size: float
+    rest: float
+
+
+@dataclass(frozen=True)
+class _Run:
     permutations: dict[str, Tensor]
     history: list[float]
-    square: float
+    start: _Start
     converged: bool
 
 
@@ -433,10 +450,10 @@ def _ascend(
 
     perms, names, wide = dict(first), list(sizes), (_Wide(), _Wide(), _Wide())
     still = identities(sizes)
-    start, square, norm = _compare(spec, a, b, perms, wide)
+    start = _compare(spec, a, b, perms, wide)
     products = {p: _Products(spec, a, b, p, sizes[p], wide) for p in names}
-    least = {p: TOLERANCE * sum(norm[name] for name in products[p].tensors) for p in names}
-    history = [start]
+    least = {p: TOLERANCE * sum(start.norm[name] for name in products[p].tensors) for p in names}
+    history = [start.objective]
     for _ in range(max_iter):
         total, progress = history[-1], False
         for p in (names[i] for i in _shuffled(len(names), generator)):
@@ -449,22 +466,25 @@ def _ascend(
                 perms[p], total, progress = order, total + gain, True
         history.append(total)
         if not progress:
-            return _Run(still | perms, history, square, True)
-    return _Run(still | perms, history, square, False)
+            return _Run(still | perms, history, start, True)
+    return _Run(still | perms, history, start, False)
 
 
-def _compare(
-    spec: PermutationSpec, a: State, b: State, perms: Permutations, wide: "tuple[_Wide, ...]"
-) -> tuple[float, float, dict[str, float]]:
-    """Objective and squared distance with b reordered, and |a| |b| of each tensor; what is carried does not count."""
-    objective, square, norm = 0.0, 0.0, {}
+def _compare(spec: PermutationSpec, a: State, b: State, perms: Permutations, wide: "tuple[_Wide, ...]") -> _Start:
+    """How two networks lie, b reordered; what is carried does not count."""
+    objective, size, rest, norm = 0.0, 0.0, 0.0, {}
     for name, entries in spec.axes.items():
-        if name not in spec.carried:
-            x, y = (into(t).flatten() for into, t in zip(wide, (a[name], reorder(b[name], entries, perms))))
-            norm[name] = (float(x @ x) * float(y @ y)) ** 0.5
-            objective += float(x @ y) if any(map(names_of, entries)) else 0.0
-            square += float(x.sub_(y) @ x) if a[name].is_floating_point() else 0.0
-    return objective, square, norm
+        if name in spec.carried:
+            continue
+        x, y = (into(t).flatten() for into, t in zip(wide, (a[name], reorder(b[name], entries, perms))))
+        both, squares = float(x @ y), (float(x @ x), float(y @ y))
+        norm[name] = (squares[0] * squares[1]) ** 0.5
+        permuted, number = any(map(names_of, entries)), a[name].is_floating_point()
+        objective += both if permuted else 0.0
+        size += sum(squares) if number else 0.0
+        if number != permuted:
+            rest += both if number else math.nan
+    return _Start(objective, norm, size, rest)
 
 
 class _Wide:
@@ -567,15 +587,31 @@ def _shuffled(n: int, generator: Generator | None) -> list[int]:
 
 
 def _matched(
-    spec: PermutationSpec, a: State, b: State, run: _Run, history: Sequence[float], objectives: tuple[float, ...]
+    spec: PermutationSpec,
+    a: State,
+    b: State,
+    run: _Run,
+    before: float,
+    history: Sequence[float],
+    objectives: tuple[float, ...],
 ) -> Matched:
-    new, wide, after = apply_permutation(spec, run.permutations, b), _Wide(), 0.0
-    for name in spec.axes:
-        if name not in spec.carried and a[name].is_floating_point():
-            apart = wide(a[name]).sub_(new[name].to(a[name].device)).flatten()
-            after += float(apart @ apart)
+    """before: the objective at the identity."""
+    new = apply_permutation(spec, run.permutations, b)
+    distance = tuple(_distance(spec, a, x, run.start, now) for x, now in ((b, before), (new, max(objectives))))
     new = {name: x.clone() if x is b[name] else x for name, x in new.items()}
-    return Matched(run.permutations, new, tuple(history), objectives, (run.square**0.5, after**0.5), run.converged)
+    return Matched(run.permutations, new, tuple(history), objectives, (distance[0], distance[1]), run.converged)
+
+
+def _distance(spec: PermutationSpec, a: State, b: State, start: _Start, objective: float) -> float:
+    """By |a - b|^2 = |a|^2 + |b|^2 - 2 <a, b>, unless a and b lie so near that digits cancel."""
+    square = start.size - 2 * (objective + start.rest)
+    if not square > 1e-3 * start.size:
+        wide, square = _Wide(), 0.0
+        for name in spec.axes:
+            if name not in spec.carried and a[name].is_floating_point():
+                apart = wide(a[name]).sub_(b[name].to(a[name].device)).flatten()
+                square += float(apart @ apart)
+    return square**0.5
 
 
 def _spread(states: Sequence[State], total: Mapping[str, Tensor], names: Sequence[str]) -> float:
@@ -611,7 +647,7 @@ def _spec(spec: PermutationSpec | None, model: object, example: Batch | None, wh
 def _require_alike(states: Sequence[State], spec: PermutationSpec, who: str) -> dict[str, int]:
     first = states[0]
     for other in states[1:]:
-        for name in (*first, *other):
+        for name in {**first, **other}:
             _require_same(name, first, other, who)
     sizes = spec.sizes(first)
     for state in states:
