@@ -12,7 +12,7 @@ from pondera._safetensors import FileModel, appearing_file, header, in_order, wr
 from pondera.errors import BadInput, all_finite
 from pondera.init.weight_selection import Plan, Spec, take
 
-CHUNK = 2**24  # bytes of the large model looked at in one go
+CHUNK = 2**22  # bytes of the large model looked at in one go: few enough to stay in the cache
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def select_file(
 ) -> list[Selected]:
     """Start a small model's file from a large one by weight selection, as `select_from_` does with modules.
 
-    The large model is read and `out` written a few rows at a time, at most 16 MiB (or one row, if that is more), so
+    The large model is read and `out` written a few rows at a time, at most 4 MiB (or one row, if that is more), so
     memory stays far below the largest tensor, whatever the size of the models. `out` appears whole at the end or not at
     all: it is written without a name (where the system cannot, under a hidden one beside it) and then renamed.
 
