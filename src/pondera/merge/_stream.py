@@ -5,6 +5,7 @@ is the base: the result has its names, their order, its dtypes and its integers.
 where a model has that.
 """
 
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from pondera._safetensors import (
     INDEX,
+    Behind,
     FileModel,
     appearing_file,
     appearing_folder,
@@ -27,11 +29,11 @@ from pondera._safetensors import (
     header,
     in_order,
     shards,
-    write,
 )
 from pondera.errors import BadInput, nearest, require_float
 
 BUDGET = 2**22  # bytes of numbers held at once, all models together
+CACHE = 2**16  # entries reckoned with in one go, few enough for a core's own cache
 State = nn.Module | Mapping[str, Tensor]
 Facts = dict[str, float]  # what a rule found on one tensor, for the report
 
@@ -112,28 +114,42 @@ class Part:
         self.model, self.name, self.work, self.who = model, name, work, who
         self.shape, self.numel = model.shapes[name], math.prod(model.shapes[name])
         self._last: tuple[tuple[int, int], Tensor] | None = None
+        self._room: Tensor | None = None  # one place for all that is converted, which stays in the core's cache
 
     def flat(self, low: int, high: int) -> Num[Tensor, "n"]:
-        """Entries low .. high of the flattened tensor in the dtype of the arithmetic, checked to be finite."""
+        """Entries low .. high of the flattened tensor in the dtype of the arithmetic; good until the next are asked for."""
         if self._last is None or self._last[0] != (low, high):
             self._last = None
-            x = self.model.read(self.name, low, high).to(self.work)
-            if not _finite(x):
-                raise BadInput(f"{self.who} found NaN or infinity in {self.name} of {self.model.said}")
+            x = self.model.read(self.name, low, high)
+            if x.dtype != self.work:
+                if self._room is None or self._room.numel() < high - low:
+                    self._room = torch.empty(high - low, dtype=self.work, device=x.device)
+                x = self._room[: high - low].copy_(x)
             self._last = (low, high), x
         return self._last[1]
 
     def whole(self) -> Num[Tensor, "*shape"]:
-        """The tensor in its shape, for a rule that cannot go in blocks."""
+        """The tensor in its shape, checked to be finite, for a rule that cannot go in blocks."""
+        self.check(0, self.numel)
         return self.flat(0, self.numel).view(self.shape)
 
+    def check(self, low: int, high: int) -> None:
+        if not _finite(self.flat(low, high)):
+            raise BadInput(f"{self.who} found NaN or infinity in {self.name} of {self.model.said}")
 
-Rule = Callable[[list[Part], Facts], Iterator[Tensor]]  # yields flat blocks of the merged tensor in order
+
+Rule = Callable[
+    [list[Part], Facts], Iterator[Tensor]
+]  # yields flat blocks of the merged tensor in order, each new in memory
 
 
 def blocks(parts: Sequence[Part], row: int = 1) -> Iterator[list[Num[Tensor, "n"]]]:
-    """The same stretch of every part, one stretch after the other; whole rows of `row` entries at a time."""
+    """The same stretch of every part, one stretch after the other; whole rows of `row` entries at a time.
+
+    They are not checked: what is no finite number comes through sums and products, and is looked for in what they give.
+    """
     step = BUDGET // (2 * parts[0].work.itemsize * (len(parts) + 2))  # twice: as stored and as reckoned with
+    step = min(step, CACHE)
     step = max(row, step // row * row)
     for low in range(0, parts[0].numel, step):
         yield [p.flat(low, min(low + step, p.numel)) for p in parts]
@@ -212,9 +228,10 @@ def merge_files(
     def fill(file: Any, group: list[str]) -> None:
         ordered = in_order(group, base.dtypes)
         file.write(header(ordered, base.shapes, base.dtypes, base.metadata))
-        for name in ordered:
-            for block in _blocks_of(who, name, sources, rule, changes):
-                write(file, block)
+        with Behind(file) as behind:
+            for name in ordered:
+                for block in _blocks_of(who, name, sources, rule, changes):
+                    behind.write(block)
 
     if limit is None:
         with appearing_file(out, who) as file:
@@ -251,15 +268,20 @@ def _blocks_of(
     parts, facts = [Part(s, name, work, who) for s in sources], {}  # type: list[Part], Facts
     low, moved, size = 0, 0.0, 0.0
     for block in rule(parts, facts):
-        new, old = block.to(kind), parts[0].flat(low, low + len(block))
+        n = block.numel()
+        new, old = block.to(kind), parts[0].flat(low, low + n)
         as_written = new.to(work)
-        if not _finite(as_written):
-            raise BadInput(
-                f"{who} would write NaN or infinity into {name}, which is {str(kind).removeprefix('torch.')}"
-            )
-        moved += _square(as_written - old)
+        far = _square(as_written - old)  # finite only if both are: who brought what is not is looked for only then
+        if not math.isfinite(far):
+            for part, i in itertools.product(parts, range(0, parts[0].numel, n)):
+                part.check(i, min(i + n, part.numel))
+            if not _finite(as_written):
+                raise BadInput(
+                    f"{who} would write NaN or infinity into {name}, which is {str(kind).removeprefix('torch.')}"
+                )
+        moved += far
         size += _square(old)
-        low += len(block)
+        low += n
         yield new
     assert low == parts[0].numel, "a rule yields every entry once"
     change = math.sqrt(moved / size) if size else math.inf if moved else 0.0
@@ -284,7 +306,11 @@ def _finite(x: Num[Tensor, "n"]) -> bool:
 
 
 def _square(x: Num[Tensor, "n"]) -> float:
-    """Sum of squares, in float64."""
+    """Sum of squares, in float64 unless float32 holds the squares."""
+    if x.dtype == torch.float32:
+        s = float(torch.dot(x, x))
+        if 1e-30 * x.numel() < s < math.inf:
+            return s
     wide = torch.complex128 if x.is_complex() else torch.float64
     return float(torch.linalg.vector_norm(x, dtype=wide)) ** 2
 

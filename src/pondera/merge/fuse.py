@@ -88,6 +88,6 @@ def _average(who: str, n: int, weights: Sequence[float] | None) -> Rule:
 
     def rule(parts: list[Part], facts: Facts) -> Iterator[Tensor]:
         for W in blocks(parts):
-            yield sum(W[1:], W[0]) / n if a is None else sum((x * w for x, w in zip(a[1:], W[1:])), a[0] * W[0])
+            yield sum(W[1:], W[0]).div_(n) if a is None else sum((x * w for x, w in zip(a[1:], W[1:])), a[0] * W[0])
 
     return rule
