@@ -24,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 BESIDE = (  # what a folder of Hugging Face's has beside the weights to build the model and to feed it
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.*",
+    "*.tiktoken",
     "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 DTYPES = {
@@ -49,7 +50,7 @@ class Entry:
 class FileModel:
     """A model in a file, in a folder, or behind an index of shards.
 
-    paths: the files it is read from. beside: files of its folder that describe it, where a folder or an index was given.
+    paths: the files it is read from. alone: given as one file. beside: otherwise the files of its folder that describe it.
     """
 
     _file: FileIO | None = None
@@ -59,8 +60,9 @@ class FileModel:
         path = Path(given)
         if path.is_dir():
             path = _in_folder(path, who)
-        alone = path.suffix != ".json" and not Path(given).is_dir()
-        found = [] if alone else [f for pattern in BESIDE for f in path.parent.glob(pattern) if f.is_file()]
+        self.alone = path.suffix != ".json" and not Path(given).is_dir()
+        self.given = [path.absolute()]  # before links are followed
+        found = [] if self.alone else [f for pattern in BESIDE for f in path.parent.glob(pattern) if f.is_file()]
         self.beside = sorted(found)
         self.said = str(path)
         self.metadata: dict[str, str] = {}
@@ -314,8 +316,11 @@ def appearing_file(out: Path, who: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def appearing_folder(out: Path, who: str) -> Iterator[Path]:
-    """A folder that appears as `out`, whole, at the end; until then it is hidden beside it, and a kill leaves that."""
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    """A folder that appears as `out`, whole, at the end; until then it is hidden beside it, and a kill leaves that.
+
+    An old folder there is moved aside by one rename, the new one in its place by the next, and then the old one removed.
+    """
+    beside, aside = (out.with_name(f".{out.name}.{os.getpid()}{end}") for end in ("", ".old"))
     try:
         try:
             beside.mkdir()
@@ -328,6 +333,15 @@ def appearing_folder(out: Path, who: str) -> Iterator[Path]:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-        os.replace(beside, out)
+        if out.is_dir() and any(os.scandir(out)):
+            os.replace(out, aside)
+            try:
+                os.replace(beside, out)
+            except BaseException:
+                os.replace(aside, out)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
