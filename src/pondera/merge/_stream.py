@@ -522,8 +522,10 @@ def _check_out(who: str, out: Path, folder: bool, sources: Sequence[FileModel], 
         if out.resolve() in source.paths:
             raise BadInput(f"{who} would write over {out}, which it reads as {source.said}; give another name")
     if folder and (out.is_symlink() or out.is_file() or (out.is_dir() and any(os.scandir(out)))):
-        if not replace or out.is_symlink() or out.is_file():
-            raise BadInput(f"{who} writes shards into a new folder only, and {out} exists")
+        plain = not (out.is_symlink() or out.is_file())
+        may = " (replace=True, or --replace, puts it in an old model's place)" if plain and not replace else ""
+        if not replace or not plain:
+            raise BadInput(f"{who} writes shards into a new folder only, and {out} exists" + may)
         for source in sources:
             if any(out.resolve() in path.parents for path in (*source.paths, *source.given)):
                 raise BadInput(f"{who} would replace {out}, in which {source.said} lies; give another name")
