@@ -36,8 +36,7 @@ from pondera.merge._card import CARD, KEY, Told, as_yaml, card
 from pondera.merge._card import names as labels
 from pondera.merge._hub import located
 
-BUDGET = 2**22  # bytes of numbers held at once, all models together
-CACHE = 2**16  # entries reckoned with in one go, few enough for a core's own cache
+BUDGET = 2**22  # bytes of numbers held at once, all models together: few enough for a core's own cache, too
 SHARD = "50GB"  # of a shard at most, as transformers 5 has it
 State = nn.Module | Mapping[str, Tensor]
 Facts = dict[str, float]  # what a rule found on one tensor, for the report
@@ -159,7 +158,6 @@ def blocks(parts: Sequence[Part], row: int = 1) -> Iterator[list[Num[Tensor, "n"
     They are not checked: what is no finite number comes through sums and products, and is looked for in what they give.
     """
     step = BUDGET // (2 * parts[0].work.itemsize * (len(parts) + 2))  # twice: as stored and as reckoned with
-    step = min(step, CACHE)
     step = max(row, step // row * row)
     for low in range(0, parts[0].numel, step):
         yield [p.flat(low, min(low + step, p.numel)) for p in parts]
@@ -308,16 +306,20 @@ def _blocks_of(
         return
     work = _work([*(s.dtypes[name] for s in sources), kind])
     parts, facts = [Part(s, name, work, who) for s in sources], {}  # type: list[Part], Facts
-    low, moved, size = 0, 0.0, 0.0
+    low, moved, size, room = 0, 0.0, 0.0, None
     for block in rule(parts, facts):
         n = block.numel()
         new, old = block.to(kind), parts[0].flat(low, low + n)
-        as_written = new.to(work)
-        far = _square(as_written - old)  # finite only if both are: who brought what is not is looked for only then
+        if kind == work:
+            far = _square(new - old)
+        else:
+            room = torch.empty(n, dtype=work, device=new.device) if room is None or room.numel() < n else room
+            far = _square(room[:n].copy_(new).sub_(old))
+        # finite only if both are: who brought what is not is looked for only then
         if not math.isfinite(far):
             for part, i in itertools.product(parts, range(0, parts[0].numel, n)):
                 part.check(i, min(i + n, part.numel))
-            if not _finite(as_written):
+            if not _finite(new.to(work)):
                 raise BadInput(
                     f"{who} would write NaN or infinity into {name}, which is {str(kind).removeprefix('torch.')}"
                 )
