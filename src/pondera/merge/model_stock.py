@@ -170,19 +170,16 @@ def _stock(filter_wise: bool) -> Rule:
 
 
 def _gram(W: list[Float[Tensor, "entries"]], row: int) -> Float[Tensor, "rows n n"]:
-    """Inner products of the updates w_i - w_0, row by row; rows' blocks of float32 numbers as such, the rest in float64."""
+    """Inner products of the updates w_i - w_0, row by row, summed in float64."""
     d = [w - W[0] for w in W[1:]]
-    products = {(i, j): _rows(d[i], d[j], row) for i in range(len(d)) for j in range(i + 1)}
+    products = {(i, j): _rows(d[i] * d[j].conj(), row) for i in range(len(d)) for j in range(i + 1)}
     return torch.stack(
         [torch.stack([products[max(i, j), min(i, j)] for j in range(len(d))], -1) for i in range(len(d))], -1
     )
 
 
-def _rows(x: Float[Tensor, "entries"], y: Float[Tensor, "entries"], row: int) -> Float[Tensor, "rows"]:
-    if row == len(x) and x.dtype == torch.float32:
-        return torch.dot(x, y).double()[None]
-    product = x * y.conj()
-    return (product.real if x.is_complex() else product).view(-1, row).sum(1, dtype=torch.float64)
+def _rows(x: Float[Tensor, "entries"], row: int) -> Float[Tensor, "rows"]:
+    return (x.real if x.is_complex() else x).view(-1, row).sum(1, dtype=torch.float64)
 
 
 def _mean_cos(gram: Float[Tensor, "rows n n"]) -> Float[Tensor, "rows"]:
