@@ -1,9 +1,9 @@
-"""Merging checkpoints of 1 GB in shards: time and peak memory beside mergekit, loading everything, and a copy of one.
+"""Merging checkpoints of 1 GB in shards: time and peak memory beside mergekit, loading everything, and a copy.
 
 mergekit is looked for as `mergekit-yaml` on the path, or where the variable MERGEKIT says; it pins its own versions of
 many packages, so give it an environment of its own. Without it its rows are left out. Beside mergekit and beside loading
-everything whole processes are timed, imports and all. Beside the copy, which brings one model's files to the disk as a
-merge brings its own, it is the call alone.
+everything whole processes are timed, imports and all. Beside the plain copy of the two models, which brings the files
+to the disk as a merge brings its own, it is the call alone.
 """
 
 import json
@@ -39,12 +39,13 @@ save_file(merged, out / "model.safetensors")
 """
 COPY = """
 import os, shutil
-out.mkdir()
-for file in one.iterdir():
-    shutil.copyfile(file, out / file.name)
-    handle = os.open(out / file.name, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+for model in (one, two):
+    (out / model.name).mkdir(parents=True)
+    for file in model.iterdir():
+        shutil.copyfile(file, out / model.name / file.name)
+        handle = os.open(out / model.name / file.name, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 """
 TIMED = "import torch, time; import pondera.merge; began = time.perf_counter()\n{}\nprint(time.perf_counter() - began)"
 HEAD = "import sys; from pathlib import Path; pre, one, two, out = map(Path, sys.argv[1:5])\n"
@@ -145,7 +146,7 @@ def run() -> list[dict[str, Any]]:
 
         pairs = [
             ("average of two", "fuse_files", "load everything", ("everything", EVERYTHING), "fuse"),
-            ("average of two, the call", "fuse_files", "copy of one", ("copy", TIMED.format(COPY)), "fuse"),
+            ("average of two, the call", "fuse_files", "copy of the two", ("copy", TIMED.format(COPY)), "fuse"),
         ]
         if kit is not None:
             pairs.append(
