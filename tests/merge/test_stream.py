@@ -411,3 +411,43 @@ def test_the_way_there_and_back_is_the_same_in_both_doors(tmp_path):
         )
     model_stock_files(pa, [pb, pb], tmp_path / "out.safetensors")
     assert torch.allclose(load_file(tmp_path / "out.safetensors")["head.weight"], b["head.weight"])
+
+
+@pytest.mark.parametrize("budget", [200, 2**22])
+def test_what_is_not_finite_is_named_wherever_it_lies(tmp_path, budget, monkeypatch):
+    monkeypatch.setattr(_stream, "BUDGET", budget)
+    paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for value in (torch.nan, torch.inf):
+        w = torch.ones(100)
+        w[70] = value
+        for i, x in enumerate((torch.zeros(100), torch.ones(100), w)):
+            save_file({"w": x}, tmp_path / f"{i}.safetensors")
+        for merge in (
+            lambda: fuse_files(paths, tmp_path / "out.safetensors", [1.0, 0.0, 0.0]),
+            lambda: model_stock_files(paths[0], paths[1:], tmp_path / "out.safetensors"),
+            lambda: wise_ft_files(paths[0], paths[2], tmp_path / "out.safetensors", 0.0),
+        ):
+            with pytest.raises(BadInput, match=r"NaN or infinity in w of model [23] \(.*2\.safetensors\)"):
+                merge()
+    huge = {"w": torch.full((3,), 3e38)}  # its square is beyond float32, and it is finite
+    report = fuse([huge, {"w": torch.zeros(3)}, {"w": torch.zeros(3)}]).report
+    assert report.tensors[0].change == pytest.approx(2 / 3)
+    tiny = {"w": torch.full((3,), 1e-30)}
+    assert fuse([tiny, {"w": torch.zeros(3)}]).report.tensors[0].change == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("shard_size", [None, "1MB"])
+def test_a_disk_that_fails_behind_the_arithmetic_is_heard_and_nothing_left(tmp_path, shard_size, monkeypatch):
+    from pondera import _safetensors
+
+    three(tmp_path, 4, 512, 512)
+    before = sorted(tmp_path.iterdir())
+
+    def full(file, x):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(_safetensors, "write", full)
+    out = tmp_path / ("out" if shard_size else "out.safetensors")
+    with pytest.raises(OSError, match="no space left"):
+        fuse_files([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], out, shard_size=shard_size)
+    assert sorted(tmp_path.iterdir()) == before
