@@ -116,14 +116,6 @@ def test_blocks_change_nothing(block, other):
     assert torch.allclose(whole, cut, rtol=1e-5, atol=1e-5)
 
 
-def test_no_block_is_larger_than_said():
-    for n, r, size, block in [(10, 4, 100, 1000), (3, 50, 100, 1000), (5, 2, 1000, 10), (7, 3, 10, 10**6)]:
-        cut = list(_tangent._blocks(n, r, size, block))
-        shapes = [((a.stop - a.start), (b.stop - b.start)) for a, b in cut]
-        assert sum(i * j for i, j in shapes) == n * r
-        assert all(i * j * size <= max(block, size) for i, j in shapes)
-
-
 def test_directions_weigh_the_outputs():
     model, batch = make("mlp")
     with untouched(model, grad=True):

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +21,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pondera.errors import BadInput, describe, require_finite
+from pondera.probe._factors import Block, Gradients, Row, product
 from pondera.probe._untouched import arguments, in_words, run, scores
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 BLOCK = 2**25  # numbers in one block of tangents (128 MiB in float32)
 AT_ONCE = 2**22  # numbers in the tangents of one vectorised call
+PARTS = 16  # blocks of factors that memory is divided into
 MANY = 256  # tangents in one such call at most, since it holds the activations of all of them
 Leaves = tuple[Tensor, ...]
 
@@ -173,35 +174,89 @@ def gram(
 ) -> Float[Tensor, "n n2 r r"]:
     """Inner products g_ir . g_js of the tangents of two batches, in float32 or better; `second` None: of one batch.
 
-    Block by block: the rows of a block are computed again for each block they meet, so memory holds two blocks and the
-    result. When all rows fit into one block they are computed once.
+    Where all rows fit into one block, they are computed at once and multiplied. Otherwise the examples run one at a
+    time, and of each parameter's gradient the smaller is kept, itself or its factors; as much as two blocks hold, or two
+    gradients where these are larger, is in memory at any time, and what did not find room is computed again.
     """
     params = trainable(model, who)
     size = sum(p.numel() for p in params.values())
     other, w = (first, u) if second is None or v is None else (second, v)
-    rows, columns = (list(_blocks(len(s), d.shape[1], size, block)) for s, d in ((first, u), (other, w)))
-    kernel = first.empty(len(first), len(other), u.shape[1], w.shape[1])
-    for a, (i, r) in enumerate(rows):
-        left = tangents(model, params, first, i, u[i, r], who)
-        for b, (j, s) in enumerate(columns):
-            if second is None and b < a:
-                continue
-            right = left if second is None and a == b else tangents(model, params, other, j, w[j, s], who)
-            found = (left.flatten(0, 1) @ right.flatten(0, 1).mT).view(*left.shape[:2], *right.shape[:2])
-            kernel[i, j, r, s] = found.transpose(1, 2)
-            if second is None and a != b:
-                kernel[j, i, s, r] = found.permute(2, 0, 3, 1)
-    return require_finite(kernel, who, "kernel")
+    (n, r, _), (m, s, _) = u.shape, w.shape
+    if max(n * r, m * s) * size <= block:
+        left = tangents(model, params, first, slice(0, n), u, who).flatten(0, 1)
+        right = left if second is None else tangents(model, params, other, slice(0, m), w, who).flatten(0, 1)
+        kernel = left @ right.mT
+    else:
+        kernel = _streamed(model, list(params.values()), first, u, None if second is None else (second, w), who, block)
+    return require_finite(kernel.view(n, r, m, s).transpose(1, 2).contiguous(), who, "kernel")
 
 
-def _blocks(n: int, r: int, size: int, block: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of examples and of directions, so that each pair of slices has at most `block` numbers or is one row."""
-    many = max(1, block // size)
-    examples, directions = max(1, many // r), min(r, many)
-    cut = (
-        [slice(k, min(k + step, end)) for k in range(0, end, step)] for end, step in ((n, examples), (r, directions))
-    )
-    yield from product(*cut)
+def _streamed(
+    model: nn.Module,
+    params: list[Tensor],
+    first: Seen,
+    u: Tensor,
+    second: tuple[Seen, Tensor] | None,
+    who: str,
+    block: int,
+) -> Float[Tensor, "rows columns"]:
+    """The kernel of more rows than fit into memory: some are held, all others pass by, until each was held once."""
+    room = 2 * max(block, sum(p.numel() for p in params))
+    seen, w = second or (first, u)
+    rows = len(u) * u.shape[1]
+    kernel = first.empty(rows, len(w) * w.shape[1])
+    start = 0
+    while start < rows:
+        held: list[tuple[slice, Block]] = []
+        size, end = 0, rows
+        for at, some in _blocks(model, params, first, u, start, room // PARTS, who):
+            if second is None:
+                for place, one in held:
+                    kernel[place, at] = product(one, some, params)
+                    kernel[at, place] = kernel[place, at].mT
+            if at.start <= end and (not held or size + 2 * some.numbers <= room):
+                held.append((at, some))
+                size += some.numbers
+                if second is None:
+                    kernel[at, at] = product(some, some, params)
+            else:
+                end = min(end, at.start)
+                if second is not None:
+                    break
+        for at, some in _blocks(model, params, seen, w, 0, room // PARTS, who) if second is not None else ():
+            for place, one in held:
+                kernel[place, at] = product(one, some, params)
+        start = held[-1][0].stop
+    return kernel
+
+
+def _blocks(
+    model: nn.Module,
+    params: list[Tensor],
+    seen: Seen,
+    u: Float[Tensor, "n r outputs"],
+    start: int,
+    most: int,
+    who: str,
+) -> Iterator[tuple[slice, Block]]:
+    """The rows from `start` on, examples major, as blocks of at most `most` numbers or one row."""
+    dtype, many = seen.empty().dtype, u.shape[1]
+    rows: list[Row] = []
+    for k in range(start, len(u) * many):
+        i, d = divmod(k, many)
+        if k == start or d == 0:
+            leaves = tuple(t[i : i + 1] for t in seen.leaves)
+            with in_words(leaves, who, "differentiate the model"), torch.enable_grad():
+                out = scores(seen.call(model, leaves), who).flatten()
+                _require_alone(out.detach().unsqueeze(0), seen, slice(i, i + 1), who)
+                gradients = Gradients(out, params, dtype)
+        with in_words(leaves, who, "differentiate the model"):
+            row = gradients.row(u[i, d], last=d == many - 1)
+        if rows and (row.form != rows[0].form or sum(r.numbers for r in rows) + row.numbers > most):
+            yield slice(k - len(rows), k), Block(rows)
+            rows = []
+        rows.append(row)
+    yield slice(len(u) * many - len(rows), len(u) * many), Block(rows)
 
 
 def tangents(
@@ -226,13 +281,18 @@ def tangents(
         except Exception:  # no batching rule, data-dependent control flow, autograd functions of the old style, ...
             with in_words(leaves, who, "differentiate the model"):
                 out = _one_by_one(model, params, seen, leaves, directions, into, who)
-        apart = (out - seen.out[some]).abs().max()
-        if not apart <= torch.finfo(out.dtype).eps ** 0.5 * seen.out.abs().max():
-            raise BadInput(
-                f"{who} needs outputs that depend on their own example alone, but alone an example's differ by "
-                f"{apart:.3g} from those in the batch (batch statistics, or outputs at random)"
-            )
+        _require_alone(out, seen, some, who)
     return rows
+
+
+def _require_alone(out: Float[Tensor, "some outputs"], seen: Seen, some: slice, who: str) -> None:
+    """Raise BadInput where the outputs of examples alone are not those that they have in the batch."""
+    apart = (out - seen.out[some]).abs().max()
+    if not apart <= torch.finfo(out.dtype).eps ** 0.5 * seen.out.abs().max():
+        raise BadInput(
+            f"{who} needs outputs that depend on their own example alone, but alone an example's differ by "
+            f"{apart:.3g} from those in the batch (batch statistics, or outputs at random)"
+        )
 
 
 def _vectorised(
