@@ -8,6 +8,7 @@ for a direction u_ir in output space: a unit vector gives a row of the Jacobian,
 of logits. `gram` multiplies such rows block by block; no more than two blocks of them are in memory at any time.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 BLOCK = 2**25  # numbers in one block of tangents (128 MiB in float32)
 AT_ONCE = 2**22  # numbers in the tangents of one vectorised call
-PARTS = 16  # blocks of factors that memory is divided into
+PARTS = 8  # blocks of factors that memory is divided into
 MANY = 256  # tangents in one such call at most, since it holds the activations of all of them
 Leaves = tuple[Tensor, ...]
 
@@ -130,7 +131,10 @@ def trainable(model: nn.Module, who: str) -> dict[str, nn.Parameter]:
     if not found:
         raise BadInput(f"{who} needs a model with parameters that require a gradient, and found none")
     for name, p in found.items():
-        require_finite(p.detach(), who, name)
+        if not all(
+            math.isfinite(float(x)) for x in torch.aminmax(p.detach())
+        ):  # a NaN is both; no mask of the size of p
+            require_finite(p.detach(), who, name)
     return found
 
 
