@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLOCK = 2**25  # numbers in one block of tangents (128 MiB in float32)
-AT_ONCE = 2**22  # numbers in the tangents of one vectorised call
+AT_ONCE = 2**23  # numbers in the tangents of one vectorised call
+COSTLY = 2**23  # multiplications a row, about what an example that runs alone costs
 PARTS = 8  # blocks of factors that memory is divided into
 MANY = 256  # tangents in one such call at most, since it holds the activations of all of them
 Leaves = tuple[Tensor, ...]
@@ -186,13 +187,33 @@ def gram(
     size = sum(p.numel() for p in params.values())
     other, w = (first, u) if second is None or v is None else (second, v)
     (n, r, _), (m, s, _) = u.shape, w.shape
-    if max(n * r, m * s) * size <= block:
-        left = tangents(model, params, first, slice(0, n), u, who).flatten(0, 1)
-        right = left if second is None else tangents(model, params, other, slice(0, m), w, who).flatten(0, 1)
-        kernel = left @ right.mT
-    else:
+    if max(n * r, m * s) * size > block or _better_by_factors(model, list(params.values()), first, u, m * s, who):
         kernel = _streamed(model, list(params.values()), first, u, None if second is None else (second, w), who, block)
+    else:
+        left = tangents(model, params, first, u, who)
+        kernel = first.empty(n * r, m * s).zero_()
+        if second is None:
+            cuts = range(
+                0, n * r, max(32, -(-n * r // 4))
+            )  # of columns: what lies above their diagonal is not computed
+            for x in (g.flatten(0, 1) for g in left):
+                for k in cuts:
+                    kernel[k:, k : k + cuts.step].addmm_(x[k:], x[k : k + cuts.step].mT)
+            for k in cuts:
+                kernel[k : k + cuts.step, k + cuts.step :] = kernel[k + cuts.step :, k : k + cuts.step].mT
+        else:
+            for x, y in zip(left, tangents(model, params, other, w, who), strict=True):
+                kernel.addmm_(x.flatten(0, 1), y.flatten(0, 1).mT)
     return require_finite(kernel.view(n, r, m, s).transpose(1, 2).contiguous(), who, "kernel")
+
+
+def _better_by_factors(model: nn.Module, params: list[Tensor], seen: Seen, u: Tensor, columns: int, who: str) -> bool:
+    """Whether products of gradients would cost more than running examples alone, and factors are smaller by far."""
+    size = sum(p.numel() for p in params)
+    if seen.scores.device.type != "cpu" or columns * size < COSTLY:
+        return False
+    ((_, one),) = _blocks(model, params, seen, u[:1, :1], 0, 1, who)
+    return one.numbers * 4 < size
 
 
 def _streamed(
@@ -246,6 +267,7 @@ def _blocks(
     """The rows from `start` on, examples major, as blocks of at most `most` numbers or one row."""
     dtype, many = seen.empty().dtype, u.shape[1]
     rows: list[Row] = []
+    held, form = 0, None
     for k in range(start, len(u) * many):
         i, d = divmod(k, many)
         if k == start or d == 0:
@@ -256,37 +278,40 @@ def _blocks(
                 gradients = Gradients(out, params, dtype)
         with in_words(leaves, who, "differentiate the model"):
             row = gradients.row(u[i, d], last=d == many - 1)
-        if rows and (row.form != rows[0].form or sum(r.numbers for r in rows) + row.numbers > most):
+        numbers, kind = row.numbers, row.form
+        if rows and (kind != form or held + numbers > most):
             yield slice(k - len(rows), k), Block(rows)
             rows = []
+        held = held + numbers if rows else numbers
+        form = kind
         rows.append(row)
     yield slice(len(u) * many - len(rows), len(u) * many), Block(rows)
 
 
 def tangents(
-    model: nn.Module, params: dict[str, nn.Parameter], seen: Seen, at: slice, u: Float[Tensor, "n r outputs"], who: str
-) -> Float[Tensor, "n r size"]:
-    """The rows u_ir^T df(x_i)/dtheta of the examples `at`, in float32 or better: vectorised, or one by one where a model
-    does not allow that.
+    model: nn.Module, params: dict[str, nn.Parameter], seen: Seen, u: Float[Tensor, "n r outputs"], who: str
+) -> list[Float[Tensor, "n r size"]]:
+    """The rows u_ir^T df(x_i)/dtheta, a parameter's part each, in float32 or better: vectorised, or one by one where a
+    model does not allow that.
 
     Raises: BadInput: where an example's outputs differ from those it has in the whole batch.
     """
-    size = sum(p.numel() for p in params.values())
-    rows = seen.empty(len(u), u.shape[1], size)
+    dtype, size = seen.empty().dtype, sum(p.numel() for p in params.values())
     step = max(1, min(MANY, AT_ONCE // size) // u.shape[1])
+    parts = []
     for k in range(0, len(u), step):
-        some = slice(at.start + k, min(at.start + k + step, at.stop))
-        leaves, directions = tuple(t[some] for t in seen.leaves), u[k : k + step]
-        into = rows[k : k + step]
+        some = slice(k, min(k + step, len(u)))
+        leaves = tuple(t[some] for t in seen.leaves)
         try:
-            out = _vectorised(model, params, seen, leaves, directions, into, who)
+            out, rows = _vectorised(model, params, seen, leaves, u[some], who)
         except (BadInput, torch.OutOfMemoryError):
             raise
         except Exception:  # no batching rule, data-dependent control flow, autograd functions of the old style, ...
             with in_words(leaves, who, "differentiate the model"):
-                out = _one_by_one(model, params, seen, leaves, directions, into, who)
+                out, rows = _one_by_one(model, params, seen, leaves, u[some], who)
         _require_alone(out, seen, some, who)
-    return rows
+        parts.append([g.to(dtype) for g in rows])
+    return parts[0] if len(parts) == 1 else [torch.cat(g) for g in zip(*parts, strict=True)]
 
 
 def _require_alone(out: Float[Tensor, "some outputs"], seen: Seen, some: slice, who: str) -> None:
@@ -305,10 +330,9 @@ def _vectorised(
     seen: Seen,
     leaves: Leaves,
     u: Float[Tensor, "n r outputs"],
-    into: Float[Tensor, "n r size"],
     who: str,
-) -> Float[Tensor, "n outputs"]:
-    """Write the rows of these examples, all at once; their outputs."""
+) -> tuple[Float[Tensor, "n outputs"], list[Float[Tensor, "n r size"]]]:
+    """The outputs of these examples and their rows, all at once."""
 
     def outputs(p: dict[str, Tensor], example: Leaves) -> Tensor:
         whole = seen.call(lambda *a, **k: functional_call(model, p, a, k), tuple(t.unsqueeze(0) for t in example))
@@ -322,11 +346,7 @@ def _vectorised(
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):  # the fused attention has no batching rule
         warnings.filterwarnings("ignore", "There is a performance drop")  # such operations run one by one, no harm done
         out, g = vmap(one)(leaves, u)
-    start = 0
-    for name, p in params.items():
-        into[:, :, start : start + p.numel()] = g[name].detach().flatten(2)
-        start += p.numel()
-    return out.detach()
+    return out.detach(), [g[name].detach().flatten(2) for name in params]
 
 
 def _one_by_one(
@@ -335,21 +355,19 @@ def _one_by_one(
     seen: Seen,
     leaves: Leaves,
     u: Float[Tensor, "n r outputs"],
-    into: Float[Tensor, "n r size"],
     who: str,
-) -> Float[Tensor, "n outputs"]:
+) -> tuple[Float[Tensor, "n outputs"], list[Float[Tensor, "n r size"]]]:
     """The same by plain backward passes, the model called as it is."""
     outs, targets = [], list(params.values())
+    rows = [seen.empty(*u.shape[:2], p.numel()) for p in targets]
     with torch.enable_grad():
         for k, directions in enumerate(u):
             out = scores(seen.call(model, tuple(t[k : k + 1] for t in leaves)), who).flatten()
             outs.append(out.detach())
-            for row, d in zip(into[k], directions, strict=True):
+            for j, d in enumerate(directions):
                 g: tuple[Tensor | None, ...] = (None,) * len(targets)
                 if out.requires_grad:
                     g = torch.autograd.grad(out, targets, d, retain_graph=True, allow_unused=True)
-                start = 0
-                for t, p in zip(g, targets, strict=True):
-                    row[start : start + p.numel()] = 0 if t is None else t.detach().flatten()
-                    start += p.numel()
-    return torch.stack(outs)
+                for t, into in zip(g, rows, strict=True):
+                    into[k, j] = 0 if t is None else (t.to_dense() if t.is_sparse else t).detach().flatten()
+    return torch.stack(outs), rows
