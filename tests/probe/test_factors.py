@@ -136,6 +136,19 @@ class Checkpointed(nn.Module):
         return self.head(checkpoint(self.body, x, use_reentrant=False))
 
 
+class Turned(nn.Module):
+    """Linear layers that see the examples in another order, a changed input, a keyword, and their bias once more."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(5, 5) for _ in range(4))
+        self.b.register_forward_pre_hook(lambda m, args: (2 * args[0],))
+
+    def forward(self, x):
+        y = self.b(self.a(x.flip(0)).tanh()).flip(0).tanh()
+        return self.d(input=self.c(y)) + self.c.bias
+
+
 class Frozen(nn.Module):
     def __init__(self):
         super().__init__()
@@ -177,6 +190,7 @@ CASES |= {
     "norms": lambda: (Norms(), torch.randn(5, 2, 5, 5)),
     "in place": lambda: (InPlace(), torch.randn(5, 4, 5)),
     "checkpointed": lambda: (Checkpointed(), torch.randn(5, 5)),
+    "turned": lambda: (Turned(), torch.randn(5, 5)),
     "frozen": lambda: (Frozen(), torch.randn(5, 5)),
     "weight norm": lambda: (
         nn.Sequential(parametrizations.weight_norm(nn.Conv1d(2, 4, 3)), nn.Flatten(), nn.Linear(16, 3)),
@@ -216,7 +230,7 @@ def close(found, expected):
     return (found - expected).abs().max() < 1e-10 * expected.abs().max()
 
 
-@pytest.mark.parametrize("block", [1, 300])
+@pytest.mark.parametrize("block", [1, 300, 2**25])
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_gradients_themselves(name, block):
     model, batch = built(name)
@@ -240,7 +254,7 @@ def test_several_outputs(name):
     u = torch.randn(len(batch), 3, c, dtype=torch.float64)
     rows = torch.stack([brute(model, batch, d) for d in torch.eye(c, dtype=torch.float64)], 1)  # (n, c, size)
     rows = u @ rows
-    for block in (1, 100, 1000):
+    for block in (1, 100, 1000, 2**25):
         with untouched(model, grad=True):
             found = gram(model, look(model, batch, "test"), u, None, None, "test", block=block)
         assert close(found, torch.einsum("irp,jsp->ijrs", rows, rows))
@@ -277,6 +291,22 @@ def test_what_is_kept_as_factors():
     assert "0.weight" in kept(nn.Sequential(nn.Conv2d(16, 16, 3)).double(), torch.randn(1, 16, 4, 4).double())
 
 
+def test_layers_that_read_one_row(monkeypatch):
+    """Of these no gradient in the weight is computed: that in the bias and what was read tell it."""
+    asked = []
+    single = _tangent._single
+    monkeypatch.setattr(_tangent, "_single", lambda *a: asked.append(set(single(*a))) or single(*a))
+    for name in ("mlp", "turned", "frozen", "encoder"):
+        model, batch = built(name)
+        pseudo_ntk(model, batch)
+    assert asked == [
+        {"0.weight", "3.weight", "5.weight"},
+        {"a.weight", "b.weight", "d.weight"},  # the bias of c is used again
+        {"net.5.weight"},
+        set(),  # three rows an example
+    ]
+
+
 def test_a_product_in_pieces(monkeypatch):
     model, batch = built("tokens")
     direction = torch.ones(len(output(model, batch[:1])), dtype=torch.float64)
@@ -302,6 +332,7 @@ def test_no_more_is_held_than_said_and_nothing_computed_again_that_found_room(mo
             yield at, some
 
     monkeypatch.setattr(_tangent, "_blocks", watched)
+    monkeypatch.setattr(_tangent, "_single", lambda *a: {})
     with untouched(model, grad=True):
         seen = look(model, batch, "test")
         gram(model, seen, torch.ones(9, 1, 3, dtype=torch.float64), None, None, "test", block=block)

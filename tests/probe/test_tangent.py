@@ -99,7 +99,7 @@ def test_only_models_that_vmap_refuses_go_one_by_one(monkeypatch):
         model, batch = build()
         with untouched(model, grad=True):
             seen = look(model, batch[:2], "test")
-            tangents(model, trainable(model, "test"), seen, all_outputs(seen), "test")
+            tangents(model, trainable(model, "test"), {}, [(seen, all_outputs(seen))], "test")
         went.append(0)
     assert went == [0, 0, 1, 0]
 

@@ -130,6 +130,23 @@ def _consumers(out: Tensor) -> dict[Node, list[tuple[Node, int]]]:
     return found
 
 
+def single_rows(out: Tensor) -> dict[int, int]:
+    """The ids of weights and of their biases that enter the graph once, together, in a layer that reads one row."""
+    consumers = _consumers(out)
+    found = {}
+    node: Any  # what it saved is not in its type
+    for node in consumers:
+        if node.name() != "AddmmBackward0" or (node._saved_alpha, node._saved_beta) != (1, 1):
+            continue
+        bias, flip = node.next_functions[0][0], node.next_functions[2][0]
+        weight = flip.next_functions[0][0] if flip is not None and flip.name() == "TBackward0" else None
+        ends = [getattr(leaf, "variable", None) for leaf in (weight, bias)]
+        alone = all(e is not None for e in ends) and all(len(consumers[x]) == 1 for x in (weight, flip, bias))
+        if alone and len(node._saved_mat1) == 1:
+            found[id(ends[0])] = id(ends[1])
+    return found
+
+
 def _uses(p: Tensor, leaf: Node | None, consumers: dict[Node, list[tuple[Node, int]]]) -> list[_Use] | None:
     """Every use of a parameter, if all are products of which the factors are known."""
     uses: list[_Use] = []
