@@ -5,7 +5,7 @@ With theta the parameters that require a gradient and f(x_i) the outputs of exam
     g_ir = u_ir^T df(x_i)/dtheta
 
 for a direction u_ir in output space: a unit vector gives a row of the Jacobian, a constant vector the gradient of the sum
-of logits. `gram` multiplies such rows block by block; no more than two blocks of them are in memory at any time.
+of logits. `gram` multiplies such rows, parameter by parameter, without computing those of which the factors will do.
 """
 
 import math
