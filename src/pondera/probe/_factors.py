@@ -51,13 +51,14 @@ class _Use:
     """One place where a weight enters the graph.
 
     edge: what it puts out. size: numbers in its factors. read: what it reads, to be asked for before the graph is freed.
-    term: its factors, from what it read and the gradient at what it put out.
+    term: its factors, from what it read and the gradient at what it put out. gradient: which of the two the latter is.
     """
 
     edge: GradientEdge
     size: int
     read: Callable[[], Tensor]
     term: Callable[[Tensor, Tensor], Term]
+    gradient: int
 
 
 class Gradients:
@@ -89,22 +90,20 @@ class Gradients:
         at = iter(grads)
         for k, uses in self.uses.items():
             given = [(use, x, g.detach().to(self.dtype)) for use, x, g in zip(uses, self.read[k], at) if g is not None]
-            terms = [_without_idle(use.term(x, g)) for use, x, g in given]
+            terms = [_without_idle(use.term(x, g), use.gradient) for use, x, g in given]
             row[k] = [term for term in terms if term[1].shape[1]]
         for k, g in zip(self.plain, at, strict=True):
             row[k] = [] if g is None else (g.to_dense() if g.is_sparse else g).detach().to(self.dtype).flatten()
         return row
 
 
-def _without_idle(term: Term) -> Term:
-    """A use without the places that nothing was read at or came back to, where these are most (one token is asked for)."""
-    left, right = term
-    places = right.shape[1]
-    if places == 1:
-        return term
-    live = _any(right) & _any(left) if left.is_floating_point() else _any(right)
+def _without_idle(term: Term, gradient: int) -> Term:
+    """A use without the places that nothing came back to, where these are half of all or more (one token is asked for)."""
+    places = term[1].shape[1]
+    live = _any(term[gradient]) if places > 1 else term[1].new_ones(1)
     if 2 * int(live.sum()) > places:
         return term
+    left, right = term
     return (left[:, live] if left.is_floating_point() else left[live]), right[:, live]
 
 
@@ -169,7 +168,7 @@ def _use(p: Tensor, node: Any, slot: int, flipped: bool) -> _Use | None:
             x, g = x.unsqueeze(0), g.unsqueeze(0)
             return (g, x) if flipped else (x, g)
 
-        return _Use(edge, len(x) * sum(p.shape), lambda: x, product)
+        return _Use(edge, len(x) * sum(p.shape), lambda: x, product, 0 if flipped else 1)
     if flipped:
         return None
     if kind == "EmbeddingBackward0" and not node._saved_scale_grad_by_freq:
@@ -178,7 +177,7 @@ def _use(p: Tensor, node: Any, slot: int, flipped: bool) -> _Use | None:
         def rows(x: Tensor, g: Tensor) -> Term:
             return index, (g.flatten(0, -2) * (index != none).unsqueeze(1)).unsqueeze(0)
 
-        return _Use(edge, len(index) * (1 + p.shape[1]), lambda: index[:0], rows)
+        return _Use(edge, len(index) * (1 + p.shape[1]), lambda: index[:0], rows, 1)
     if kind == "ConvolutionBackward0" and slot == 1 and not node._saved_transposed:
         return _convolution(p, node, edge)
     return None
@@ -205,7 +204,7 @@ def _convolution(p: Tensor, node: Any, edge: GradientEdge) -> _Use | None:
         g = g.unflatten(1, (groups, out // groups)).transpose(0, 1).movedim(2, -1)
         return g.flatten(1, -2), x
 
-    return _Use(edge, groups * places * (out // groups + inner * prod(kernel)), patches, term)
+    return _Use(edge, groups * places * (out // groups + inner * prod(kernel)), patches, term, 0)
 
 
 class Block(list[Part]):
