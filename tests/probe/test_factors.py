@@ -307,6 +307,28 @@ def test_layers_that_read_one_row(monkeypatch):
     ]
 
 
+def test_a_model_that_runs_one_by_one_holds_no_more(monkeypatch):
+    """Its layers read one row each, so that all would fit at once; but it cannot be vectorised, and gradients do not fit."""
+
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 30), nn.Linear(30, 20)
+
+        def forward(self, x):
+            return torch.stack([self.b(self.a(one)) * (2 if one.sum() > 0 else 1) for one in x])
+
+    torch.manual_seed(0)
+    model, batch = Branching().double(), torch.randn(6, 5, dtype=torch.float64)
+    direction = torch.ones(20, dtype=torch.float64)
+    expected = brute(model, batch, direction)
+    monkeypatch.setattr(_tangent, "_one_by_one", lambda *a: pytest.fail("all gradients at once"))
+    with untouched(model, grad=True):
+        seen = look(model, batch, "test")
+        found = gram(model, seen, direction.expand(6, 1, -1), None, None, "test", block=6 * 200)
+    assert close(found[:, :, 0, 0], expected @ expected.T)
+
+
 def test_a_product_in_pieces(monkeypatch):
     model, batch = built("tokens")
     direction = torch.ones(len(output(model, batch[:1])), dtype=torch.float64)

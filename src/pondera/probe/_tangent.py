@@ -192,10 +192,8 @@ def gram(
     size = sum(p.numel() for name, p in params.items() if name not in linear)
     single = _single(model, params, linear, first, who) if rows * size <= block else {}
     size = sum(single[name][0].in_features if name in single else p.numel() for name, p in params.items())
-    if rows * size > block:
-        kernel = _streamed(model, list(params.values()), sides, who, block)
-    else:
-        kernel = _multiplied(*tangents(model, params, single, sides, who))
+    parts = None if rows * size > block else tangents(model, params, single, sides, who, block)
+    kernel = _streamed(model, list(params.values()), sides, who, block) if parts is None else _multiplied(*parts)
     return require_finite(kernel.view(n, r, m, s).transpose(1, 2).contiguous(), who, "kernel")
 
 
@@ -316,9 +314,11 @@ def tangents(
     single: Single,
     sides: list[tuple[Seen, Float[Tensor, "n r outputs"]]],
     who: str,
-) -> list[list[Part]]:
+    block: int = BLOCK,
+) -> list[list[Part]] | None:
     """Of each side the rows u_ir^T df(x_i)/dtheta, a part for each parameter but the weights `single`, in float32 or
-    better: vectorised, or one by one where a model does not allow that (and then of all parameters).
+    better: vectorised, or one by one where a model does not allow that (and then of all parameters, or None where
+    these rows have more than `block` numbers).
 
     Raises: BadInput: where an example's outputs differ from those it has in the whole batch.
     """
@@ -327,6 +327,8 @@ def tangents(
     except (BadInput, torch.OutOfMemoryError):
         raise
     except Exception:  # no batching rule, data-dependent control flow, autograd functions of the old style, ...
+        if max(u.shape[0] * u.shape[1] for _, u in sides) * sum(p.numel() for p in params.values()) > block:
+            return None
         return [_one_by_one(model, params, seen, u, who) for seen, u in sides]
 
 
