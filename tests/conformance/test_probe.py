@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import pondera.probe
 from pondera.errors import BadInput
+from pondera.probe import _untouched
 
 from .models import make, same_state, state
 
@@ -102,6 +103,23 @@ def test_leaves_no_trace(name, which, training):
     assert (rng[1] == np.random.get_state()[1]).all()
     assert rng[2] == random.getstate()
     assert torch.equal(kept, batch)
+
+
+@pytest.mark.parametrize("which", ["cnn", "attention"])
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_leaves_no_trace_on_weights_too_large_to_copy(name, which, monkeypatch):
+    """The same result where all weights and buffers are guarded instead of copied."""
+    if which in REFUSES.get(name, ()) and which != "cnn":
+        return
+    model, batch, probe = look(name, which)
+    expected = probe(model, batch)
+    monkeypatch.setattr(_untouched, "COPIED", 0)
+    before = state(model)
+    found = probe(model, batch)
+    assert same_state(before, state(model))
+    for f in dataclasses.fields(found):
+        a, b = getattr(expected, f.name), getattr(found, f.name)
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 @pytest.mark.parametrize("name", OF_MODELS)

@@ -311,6 +311,33 @@ def test_agrees_with_the_authors_code():
     assert scales == pytest.approx([1.86851796289205, 5.9913771971693714, 1.038157584765516], rel=1e-7)
 
 
+def test_a_plain_layer_runs_once_a_pass(monkeypatch):
+    """Without bias the output of the scaled weight is the scaled output, so nothing is computed again for it."""
+    calls = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda *a: (calls.append(1), linear(*a))[1])
+    net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), 5 * torch.randn(64, 8, generator=generator())
+    lsuv_(net, x, generator=generator())
+    assert len(calls) == 2 * 2
+    nn.init.normal_(net[2].bias)
+    calls.clear()
+    lsuv_(net, x, orthonormal=False, tol=1e-4)
+    assert len(calls) > 2 * 2  # what has a bias is run again until it fits
+
+
+def test_a_forward_of_its_own_is_run_again():
+    class Standardised(nn.Linear):
+        """Its output does not scale with its weight."""
+
+        def forward(self, x):
+            w = self.weight - self.weight.mean(1, keepdim=True)
+            return F.linear(x, w / (1 + w.norm(dim=1, keepdim=True)))
+
+    net, x = Standardised(8, 16), 3 * torch.randn(64, 8, generator=generator())
+    lsuv_(net, x, generator=generator(), tol=1e-3, max_tries=100)
+    assert net(x).var(correction=0).item() == pytest.approx(1, abs=1e-3)
+
+
 # -- refusals: one sentence, and the model as it was -----------------------------------------------------------------
 
 

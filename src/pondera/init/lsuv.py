@@ -8,9 +8,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from pondera._batch import Arguments, Batch, in_eval_mode, one_pass, tensor_arguments
-from pondera._weights import Owned, require_owned, restored_on_error, start_each
+from pondera._weights import CONV, TRANSPOSED, Owned, is_gpt_conv1d, require_owned, restored_on_error
 from pondera.errors import BadInput
 from pondera.linalg import haar
+
+EXACT = (torch.float32, torch.float64)  # in half precision a scaled output is not the output of the scaled weight
 
 
 @torch.no_grad()
@@ -31,9 +33,10 @@ def lsuv_(
     .. math:: \text{while } |\mathrm{Var}(y_l) - 1| \ge tol: \; W_l \leftarrow W_l / \sqrt{\mathrm{Var}(y_l)}   (Alg. 1)
 
     The variance is taken over everything at once (batch, channels, positions). A layer is scaled inside its forward
-    hook and run again there until it fits, so one pass of the model serves all layers; a second pass checks that they
-    keep their variance. The model runs in eval mode (dropout off, BatchNorm on its running statistics) without
-    gradients; modes, hooks and torch's random state are afterwards what they were.
+    hook and run again there until it fits (a plain one without bias, whose output scales as its weight does, need not
+    run again), so one pass of the model serves all layers; a second pass checks that they keep their variance. The model
+    runs in eval mode (dropout off, BatchNorm on its running statistics) without gradients; modes, hooks and torch's
+    random state are afterwards what they were.
 
     Which layers: linear, convolution and GPT-2's Conv1D, in any graph. A layer called several times is scaled at its
     first call on a non-empty input, a weight shared by layers at the first call of any of them. A layer the batch never
@@ -76,7 +79,9 @@ def lsuv_(
     given = tensor_arguments(batch, "lsuv_")
     with restored_on_error(dict.fromkeys(one.module for one in weights)):
         if orthonormal:
-            start_each(model, lambda w: w.copy_(_orthonormal(w, generator)), who="lsuv_")
+            for one in weights:
+                one.write(_orthonormal(one.read(), generator))
+                one.fill_bias(0.0)
         else:
             weights = [one for one in weights if one.read().any()]
         with in_eval_mode(model):
@@ -97,7 +102,7 @@ def _normalise(model: nn.Module, batch: Arguments, sites: dict[nn.Module, Owned]
             if abs(variance - 1) < tol:
                 break
             one.write(one.read() / variance**0.5)
-            out = layer.forward(*a, **kw)
+            out = out / variance**0.5 if _scales_with_weight(layer, out) else layer.forward(*a, **kw)
             variance = _variance(out, one)
         if not abs(variance - 1) < tol:
             raise BadInput(
@@ -129,7 +134,17 @@ def _normalise(model: nn.Module, batch: Arguments, sites: dict[nn.Module, Owned]
 
 
 def _orthonormal(w: Tensor, generator: Generator | None) -> Tensor:
-    return haar(len(w), w[0].numel(), generator=generator, dtype=w.dtype, device=w.device).view_as(w)
+    return haar(len(w), w[0].numel(), generator=generator, dtype=w.dtype, device=w.device).view(w.shape)
+
+
+def _scales_with_weight(layer: nn.Module, out: Any) -> bool:
+    """Whether an output is the weight's product with the input and no more, so that it need not be computed again."""
+    kind = type(layer)  # a subclass, or a parametrized layer, may do more in its forward
+    plain = kind in (nn.Linear, *CONV, *TRANSPOSED) or (is_gpt_conv1d(layer) and "transformers." in kind.__module__)
+    if not plain or "forward" in vars(layer) or not isinstance(out, Tensor) or out.dtype not in EXACT:
+        return False
+    bias = layer._parameters.get("bias")
+    return bias is None or not bias.any()
 
 
 def _own(out: Any) -> Tensor:

@@ -18,7 +18,9 @@ def haar(
     """Draw a semi-orthogonal matrix from the Haar (uniform) measure: orthonormal columns if tall, rows if wide.
 
     QR of a Gaussian with the signs of R's diagonal moved into Q (Mezzadri 2007, math-ph/0609050); without that step the
-    law is not uniform. Half precisions are drawn in float32 and rounded.
+    law is not uniform. That factor with a positive diagonal of R is the only one, so a Cholesky factor of the Gram matrix
+    gives the same Q at half the cost; it is taken from a shape of 2 to 1 on, where the Gaussian is well conditioned.
+    Half precisions are drawn in float32 and rounded.
 
     Raises: BadInput: if a size is not positive.
 
@@ -30,9 +32,31 @@ def haar(
         raise BadInput(f"haar needs positive sizes, got {rows} x {cols}")
     work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     gaussian = torch.randn(max(rows, cols), min(rows, cols), generator=generator, dtype=work, device=device)
-    q, r = torch.linalg.qr(gaussian)
-    q = q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    q = _by_cholesky(gaussian)
+    if q is None:
+        q, r = torch.linalg.qr(gaussian)
+        q = q * torch.where(r.diagonal() < 0, -1.0, 1.0)
     return (q if rows >= cols else q.mT).to(dtype)
+
+
+def _by_cholesky(x: Float[Tensor, "m n"], blocks: int = 4) -> Float[Tensor, "m n"] | None:
+    """Q of x = Q R with the diagonal of R positive, from R^T R = x^T x; None where QR is as cheap or more exact.
+
+    The error is the square of the condition number times rounding: (sqrt(m/n) + 1)^2 / (sqrt(m/n) - 1)^2 is below 35.
+    """
+    m, n = x.shape
+    if n < 64 or m < 2 * n:
+        return None
+    gram = x.new_zeros(n, n)
+    for columns in torch.arange(n).tensor_split(blocks):  # the triangle above is never read, so most of it is left out
+        k, end = int(columns[0]), int(columns[-1]) + 1
+        torch.mm(x[:, k:].mT, x[:, k:end], out=gram[k:, k:end])
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        return None
+    q = torch.linalg.solve_triangular(lower.mT, x, upper=True, left=False)
+    off = (q.mT @ q.sum(1) - 1).abs().max()  # of Q^T Q 1 from 1: products may be set to run in fewer bits than x has
+    return q if off < 64 * n**0.5 * torch.finfo(x.dtype).eps else None
 
 
 def polar(x: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:

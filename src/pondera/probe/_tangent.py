@@ -5,14 +5,15 @@ With theta the parameters that require a gradient and f(x_i) the outputs of exam
     g_ir = u_ir^T df(x_i)/dtheta
 
 for a direction u_ir in output space: a unit vector gives a row of the Jacobian, a constant vector the gradient of the sum
-of logits. `gram` multiplies such rows block by block; no more than two blocks of them are in memory at any time.
+of logits. `gram` multiplies such rows, parameter by parameter, without computing those of which the factors will do.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import product
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,15 +23,19 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pondera.errors import BadInput, describe, require_finite
+from pondera.probe._factors import Block, Gradients, Row, product, single_rows
 from pondera.probe._untouched import arguments, in_words, run, scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLOCK = 2**25  # numbers in one block of tangents (128 MiB in float32)
-AT_ONCE = 2**22  # numbers in the tangents of one vectorised call
-MANY = 256  # tangents in one such call at most, since it holds the activations of all of them
+AT_ONCE = 2**23  # numbers in the tangents of one vectorised call
+PARTS = 8  # blocks of factors that memory is divided into
+MANY = 512  # tangents in one such call at most, since it holds the activations of all of them
 Leaves = tuple[Tensor, ...]
+Single = dict[str, tuple[nn.Linear, str]]  # by a weight's name its layer and the name of its bias
+Part = tuple[Tensor, Tensor | None]  # rows (n, r, size) of a parameter; of a `_single` bias also what its layer read
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,10 @@ def trainable(model: nn.Module, who: str) -> dict[str, nn.Parameter]:
     if not found:
         raise BadInput(f"{who} needs a model with parameters that require a gradient, and found none")
     for name, p in found.items():
-        require_finite(p.detach(), who, name)
+        if not all(
+            math.isfinite(float(x)) for x in torch.aminmax(p.detach())
+        ):  # a NaN is both; no mask of the size of p
+            require_finite(p.detach(), who, name)
     return found
 
 
@@ -173,119 +181,243 @@ def gram(
 ) -> Float[Tensor, "n n2 r r"]:
     """Inner products g_ir . g_js of the tangents of two batches, in float32 or better; `second` None: of one batch.
 
-    Block by block: the rows of a block are computed again for each block they meet, so memory holds two blocks and the
-    result. When all rows fit into one block they are computed once.
+    Where all rows fit into one block, they are computed at once and multiplied. Otherwise the examples run one at a
+    time, and of each parameter's gradient the smaller is kept, itself or its factors; as much as two blocks hold, or two
+    gradients where these are larger, is in memory at any time, and what did not find room is computed again.
     """
     params = trainable(model, who)
-    size = sum(p.numel() for p in params.values())
-    other, w = (first, u) if second is None or v is None else (second, v)
-    rows, columns = (list(_blocks(len(s), d.shape[1], size, block)) for s, d in ((first, u), (other, w)))
-    kernel = first.empty(len(first), len(other), u.shape[1], w.shape[1])
-    for a, (i, r) in enumerate(rows):
-        left = tangents(model, params, first, i, u[i, r], who)
-        for b, (j, s) in enumerate(columns):
-            if second is None and b < a:
-                continue
-            right = left if second is None and a == b else tangents(model, params, other, j, w[j, s], who)
-            found = (left.flatten(0, 1) @ right.flatten(0, 1).mT).view(*left.shape[:2], *right.shape[:2])
-            kernel[i, j, r, s] = found.transpose(1, 2)
-            if second is None and a != b:
-                kernel[j, i, s, r] = found.permute(2, 0, 3, 1)
-    return require_finite(kernel, who, "kernel")
+    sides = [(first, u)] if second is None or v is None else [(first, u), (second, v)]
+    (n, r, _), (m, s, _) = sides[0][1].shape, sides[-1][1].shape
+    rows, linear = max(n * r, m * s), _linear(model, params)
+    size = sum(p.numel() for name, p in params.items() if name not in linear)
+    single = _single(model, params, linear, first, who) if rows * size <= block else {}
+    size = sum(single[name][0].in_features if name in single else p.numel() for name, p in params.items())
+    parts = None if rows * size > block else tangents(model, params, single, sides, who, block)
+    kernel = _streamed(model, list(params.values()), sides, who, block) if parts is None else _multiplied(*parts)
+    return require_finite(kernel.view(n, r, m, s).transpose(1, 2).contiguous(), who, "kernel")
 
 
-def _blocks(n: int, r: int, size: int, block: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of examples and of directions, so that each pair of slices has at most `block` numbers or is one row."""
-    many = max(1, block // size)
-    examples, directions = max(1, many // r), min(r, many)
-    cut = (
-        [slice(k, min(k + step, end)) for k in range(0, end, step)] for end, step in ((n, examples), (r, directions))
-    )
-    yield from product(*cut)
+def _multiplied(left: list[Part], right: list[Part] | None = None) -> Float[Tensor, "rows columns"]:
+    """The products of all rows, summed over the parameters."""
+    (n, r, _), (m, s, _) = left[0][0].shape, (right or left)[0][0].shape
+    kernel = left[0][0].new_zeros(n * r, m * s)
+    step = max(80, -(-n * r // 4)) if right is None else n * r
+    bands = [slice(k, min(k + step, n * r)) for k in range(0, n * r, step)]
+    for (x, read), (y, met) in zip(left, right or left, strict=True):
+        x, y = x.flatten(0, 1), y.flatten(0, 1)
+        if read is not None and met is not None:  # g x^T and g, whose products are (g . g') (x . x') and g . g'
+            both = (x @ y.mT).view(n, r, m, s)
+            kernel += both.mul_((read @ met.mT + 1)[:, None, :, None]).view_as(kernel)
+            continue
+        for band in bands:
+            end = band.stop if right is None else m * s  # right of a band lies the mirror of what is below it
+            kernel[band, :end].addmm_(x[band], y[:end].mT)
+    for band in bands if right is None else ():
+        kernel[band, band.stop :] = kernel[band.stop :, band].mT
+    return kernel
+
+
+def _linear(model: nn.Module, params: dict[str, nn.Parameter]) -> Single:
+    """The weights of plain linear layers with a bias, both of them trainable."""
+    names = {id(p): name for name, p in params.items()}
+    layers = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
+    pairs = [(names.get(id(m.weight)), m, names.get(id(m.bias))) for m in layers]
+    return {weight: (layer, bias) for weight, layer, bias in pairs if weight and bias}
+
+
+def _single(model: nn.Module, params: dict[str, nn.Parameter], linear: Single, seen: Seen, who: str) -> Single:
+    """Those of the layers that run once, on one row an example, and whose weight and bias are used nowhere else.
+
+    The gradient in such a bias is that at the layer's output, and with the row it tells that in the weight.
+    """
+    if not linear:
+        return {}
+    leaves = tuple(t[:1] for t in seen.leaves)
+    with in_words(leaves, who, "differentiate the model"), torch.enable_grad():
+        alone = single_rows(scores(seen.call(model, leaves), who).flatten())
+    return {
+        weight: (layer, bias)
+        for weight, (layer, bias) in linear.items()
+        if alone.get(id(params[weight])) == id(params[bias])
+    }
+
+
+def _streamed(
+    model: nn.Module, params: list[Tensor], sides: list[tuple[Seen, Tensor]], who: str, block: int
+) -> Float[Tensor, "rows columns"]:
+    """The kernel of more rows than fit into memory: some are held, all others pass by, until each was held once."""
+    room = 2 * max(block, sum(p.numel() for p in params))
+    (first, u), (other, w) = sides[0], sides[-1]
+    square, rows = len(sides) == 1, len(u) * u.shape[1]
+    kernel = first.empty(rows, len(w) * w.shape[1])
+    start = 0
+    while start < rows:
+        held: list[tuple[slice, Block]] = []
+        size, end = 0, rows
+        for at, some in _blocks(model, params, first, u, start, room // PARTS, who):
+            if square:
+                for place, one in held:
+                    kernel[place, at] = product(one, some, params)
+                    kernel[at, place] = kernel[place, at].mT
+            if at.start <= end and (not held or size + 2 * some.numbers <= room):
+                held.append((at, some))
+                size += some.numbers
+                if square:
+                    kernel[at, at] = product(some, some, params)
+            else:
+                end = min(end, at.start)
+                if not square:
+                    break
+        for at, some in () if square else _blocks(model, params, other, w, 0, room // PARTS, who):
+            for place, one in held:
+                kernel[place, at] = product(one, some, params)
+        start = held[-1][0].stop
+    return kernel
+
+
+def _blocks(
+    model: nn.Module,
+    params: list[Tensor],
+    seen: Seen,
+    u: Float[Tensor, "n r outputs"],
+    start: int,
+    most: int,
+    who: str,
+) -> Iterator[tuple[slice, Block]]:
+    """The rows from `start` on, examples major, as blocks of at most `most` numbers or one row."""
+    dtype, many = seen.empty().dtype, u.shape[1]
+    rows: list[Row] = []
+    held, form = 0, None
+    for k in range(start, len(u) * many):
+        i, d = divmod(k, many)
+        if k == start or d == 0:
+            leaves = tuple(t[i : i + 1] for t in seen.leaves)
+            with in_words(leaves, who, "differentiate the model"), torch.enable_grad():
+                out = scores(seen.call(model, leaves), who).flatten()
+                _require_alone(out.detach().unsqueeze(0), seen, slice(i, i + 1), who)
+                gradients = Gradients(out, params, dtype)
+        with in_words(leaves, who, "differentiate the model"):
+            row = gradients.row(u[i, d], last=d == many - 1)
+        numbers, kind = row.numbers, row.form
+        if rows and (kind != form or held + numbers > most):
+            yield slice(k - len(rows), k), Block(rows)
+            rows = []
+        held = held + numbers if rows else numbers
+        form = kind
+        rows.append(row)
+    yield slice(len(u) * many - len(rows), len(u) * many), Block(rows)
 
 
 def tangents(
-    model: nn.Module, params: dict[str, nn.Parameter], seen: Seen, at: slice, u: Float[Tensor, "n r outputs"], who: str
-) -> Float[Tensor, "n r size"]:
-    """The rows u_ir^T df(x_i)/dtheta of the examples `at`, in float32 or better: vectorised, or one by one where a model
-    does not allow that.
+    model: nn.Module,
+    params: dict[str, nn.Parameter],
+    single: Single,
+    sides: list[tuple[Seen, Float[Tensor, "n r outputs"]]],
+    who: str,
+    block: int = BLOCK,
+) -> list[list[Part]] | None:
+    """Of each side the rows u_ir^T df(x_i)/dtheta, a part for each parameter but the weights `single`, in float32 or
+    better: vectorised, or one by one where a model does not allow that (and then of all parameters, or None where
+    these rows have more than `block` numbers).
 
     Raises: BadInput: where an example's outputs differ from those it has in the whole batch.
     """
-    size = sum(p.numel() for p in params.values())
-    rows = seen.empty(len(u), u.shape[1], size)
-    step = max(1, min(MANY, AT_ONCE // size) // u.shape[1])
-    for k in range(0, len(u), step):
-        some = slice(at.start + k, min(at.start + k + step, at.stop))
-        leaves, directions = tuple(t[some] for t in seen.leaves), u[k : k + step]
-        into = rows[k : k + step]
-        try:
-            out = _vectorised(model, params, seen, leaves, directions, into, who)
-        except (BadInput, torch.OutOfMemoryError):
-            raise
-        except Exception:  # no batching rule, data-dependent control flow, autograd functions of the old style, ...
-            with in_words(leaves, who, "differentiate the model"):
-                out = _one_by_one(model, params, seen, leaves, directions, into, who)
-        apart = (out - seen.out[some]).abs().max()
-        if not apart <= torch.finfo(out.dtype).eps ** 0.5 * seen.out.abs().max():
-            raise BadInput(
-                f"{who} needs outputs that depend on their own example alone, but alone an example's differ by "
-                f"{apart:.3g} from those in the batch (batch statistics, or outputs at random)"
-            )
-    return rows
+    try:
+        return [_vectorised(model, params, single, seen, u, who) for seen, u in sides]
+    except (BadInput, torch.OutOfMemoryError):
+        raise
+    except Exception:  # no batching rule, data-dependent control flow, autograd functions of the old style, ...
+        if max(u.shape[0] * u.shape[1] for _, u in sides) * sum(p.numel() for p in params.values()) > block:
+            return None
+        return [_one_by_one(model, params, seen, u, who) for seen, u in sides]
+
+
+def _require_alone(out: Float[Tensor, "some outputs"], seen: Seen, some: slice, who: str) -> None:
+    """Raise BadInput where the outputs of examples alone are not those that they have in the batch."""
+    apart = (out - seen.out[some]).abs().max()
+    if not apart <= torch.finfo(out.dtype).eps ** 0.5 * seen.out.abs().max():
+        raise BadInput(
+            f"{who} needs outputs that depend on their own example alone, but alone an example's differ by "
+            f"{apart:.3g} from those in the batch (batch statistics, or outputs at random)"
+        )
 
 
 def _vectorised(
     model: nn.Module,
     params: dict[str, nn.Parameter],
+    single: Single,
     seen: Seen,
-    leaves: Leaves,
     u: Float[Tensor, "n r outputs"],
-    into: Float[Tensor, "n r size"],
     who: str,
-) -> Float[Tensor, "n outputs"]:
-    """Write the rows of these examples, all at once; their outputs."""
+) -> list[Part]:
+    """The rows of as many examples at once as memory allows."""
+    asked = {name: p.detach() for name, p in params.items() if name not in single}
+    layers = {bias: layer for layer, bias in single.values()}
+    dtype, size, r = seen.empty().dtype, sum(p.numel() for p in asked.values()), u.shape[1]
+    step = max(1, min(MANY, AT_ONCE // size) // r)
+    same = u.stride(0) == 0  # the same directions for each example: their products with the weights are taken once
 
-    def outputs(p: dict[str, Tensor], example: Leaves) -> Tensor:
-        whole = seen.call(lambda *a, **k: functional_call(model, p, a, k), tuple(t.unsqueeze(0) for t in example))
-        return scores(whole, who).flatten()
+    def outputs(p: dict[str, Tensor], example: Leaves) -> tuple[Tensor, dict[str, Tensor]]:
+        with _reading(layers) as read:
+            whole = seen.call(lambda *a, **k: functional_call(model, p, a, k), tuple(t.unsqueeze(0) for t in example))
+        return scores(whole, who).flatten(), {name: x.flatten() for name, (x,) in read.items()}
 
-    def one(example: Leaves, directions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        out, pull = vjp(lambda p: outputs(p, example), {name: p.detach() for name, p in params.items()})
-        (g,) = vmap(pull, chunk_size=MANY)(directions)
-        return out, g
+    def one(example: Leaves, directions: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        out, pull, read = vjp(lambda p: outputs(p, example), asked, has_aux=True)
+        (g,) = vmap(pull, chunk_size=MANY if r > MANY else None)(directions)  # a lone chunk would be copied
+        return out, g, read
 
-    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):  # the fused attention has no batching rule
-        warnings.filterwarnings("ignore", "There is a performance drop")  # such operations run one by one, no harm done
-        out, g = vmap(one)(leaves, u)
-    start = 0
-    for name, p in params.items():
-        into[:, :, start : start + p.numel()] = g[name].detach().flatten(2)
-        start += p.numel()
-    return out.detach()
+    parts = []
+    for k in range(0, len(u), step):
+        some = slice(k, min(k + step, len(u)))
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):  # the fused attention has no batching rule
+            warnings.filterwarnings("ignore", "There is a performance drop")  # such operations run one by one
+            leaves, directions = tuple(t[some] for t in seen.leaves), u[0] if same else u[some]
+            out, g, read = vmap(one, in_dims=(0, None if same else 0))(leaves, directions)
+        _require_alone(out.detach(), seen, some, who)
+        parts.append((g, read))
+    return [
+        (_joined([g[name].detach().flatten(2) for g, _ in parts], dtype),
+         _joined([read[name].detach() for _, read in parts], dtype) if name in layers else None)
+        for name in asked
+    ]  # fmt: skip
+
+
+def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+
+
+@contextmanager
+def _reading(layers: dict[str, nn.Linear]) -> Iterator[dict[str, list[Tensor]]]:
+    """What each of the layers reads, call by call."""
+    read: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def hook(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        read[name].append(args[0] if args else kwargs["input"])
+
+    hooks = [layer.register_forward_hook(partial(hook, name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        yield read
+    finally:
+        for one in hooks:
+            one.remove()
 
 
 def _one_by_one(
-    model: nn.Module,
-    params: dict[str, nn.Parameter],
-    seen: Seen,
-    leaves: Leaves,
-    u: Float[Tensor, "n r outputs"],
-    into: Float[Tensor, "n r size"],
-    who: str,
-) -> Float[Tensor, "n outputs"]:
+    model: nn.Module, params: dict[str, nn.Parameter], seen: Seen, u: Float[Tensor, "n r outputs"], who: str
+) -> list[Part]:
     """The same by plain backward passes, the model called as it is."""
-    outs, targets = [], list(params.values())
-    with torch.enable_grad():
-        for k, directions in enumerate(u):
-            out = scores(seen.call(model, tuple(t[k : k + 1] for t in leaves)), who).flatten()
-            outs.append(out.detach())
-            for row, d in zip(into[k], directions, strict=True):
+    targets = list(params.values())
+    rows = [seen.empty(*u.shape[:2], p.numel()) for p in targets]
+    for k, directions in enumerate(u):
+        leaves = tuple(t[k : k + 1] for t in seen.leaves)
+        with in_words(leaves, who, "differentiate the model"), torch.enable_grad():
+            out = scores(seen.call(model, leaves), who).flatten()
+            _require_alone(out.detach().unsqueeze(0), seen, slice(k, k + 1), who)
+            for j, d in enumerate(directions):
                 g: tuple[Tensor | None, ...] = (None,) * len(targets)
                 if out.requires_grad:
                     g = torch.autograd.grad(out, targets, d, retain_graph=True, allow_unused=True)
-                start = 0
-                for t, p in zip(g, targets, strict=True):
-                    row[start : start + p.numel()] = 0 if t is None else t.detach().flatten()
-                    start += p.numel()
-    return torch.stack(outs)
+                for t, into in zip(g, rows, strict=True):
+                    into[k, j] = 0 if t is None else (t.to_dense() if t.is_sparse else t).detach().flatten()
+    return [(g, None) for g in rows]

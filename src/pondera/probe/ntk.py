@@ -32,9 +32,12 @@ def ntk(model: nn.Module, batch: Batch, batch2: Batch | None = None, *, output: 
     The gradient is that of the parameters as they are: for the paper's scaling, in which the kernel has a limit as the
     width grows, a layer must divide by the square root of its fan-in in its forward.
 
-    The model runs in eval mode and is left as it was. Memory holds the result and two blocks of gradients of 2^25
-    numbers each; where the gradients of all outputs of all examples do not fit into one, they are computed again for
-    each block they meet.
+    The model runs in eval mode and is left as it was. Of a linear layer that reads one row an example the kernel is
+    (g . g') (x . x' + 1), with x what it reads and g the gradient at its output, so that the gradient in its weight is
+    never formed. Memory holds the result and what 2^25 numbers of gradients take. Where the gradients of all outputs of
+    all examples are more, the examples run one at a time; of a linear layer, a convolution or an embedding what it reads
+    and what comes back to it are kept instead of the gradient where that is less, in memory of two gradients (or of two
+    times 2^25 numbers), and what finds no room there is computed again.
 
     Args:
         model: whose outputs depend on their own example alone (BatchNorm is, in eval mode).
