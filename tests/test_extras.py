@@ -1,5 +1,6 @@
 """Without an extra every command and room that needs it says so in one sentence with the line to type."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -82,6 +83,23 @@ CODE = [  # the same for rooms in Python
     ("from pondera.lab import Recipe; Recipe(adapter='Lora(r=4)')", ADAPTERS),
     ("from pondera.customize import customize", DIFFUSION),
     ("import pondera.customize; pondera.customize.load_customized", DIFFUSION),
+]
+NETS = (
+    "import torch; net = lambda: torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3)); "
+    "a, b, x = net(), net(), torch.randn(16, 8); "
+)
+CODE += [  # what is drawn, and what is solved by SciPy
+    (NETS + "from pondera.probe import initial_guessing_bias as f; f(a, x).plot()", LAB),
+    (
+        NETS + "from pondera.merge import PermutationSpec as S, weight_matching as f; "
+        "f(a.state_dict(), b.state_dict(), S({'0.weight': ('h', None), '0.bias': ('h',), '2.weight': (None, 'h'), '2.bias': (None,)}))",
+        LAB,
+    ),
+    ("from pondera.merge import fit_power_law as f; f([1, 2, 3, 4], [4, 3, 2.5, 2.3])", LAB),
+    (
+        "import torch; from pondera.probe import required_inductive_bias as f; f(torch.rand(60), 0.1)",
+        LAB,
+    ),
 ]
 ROOMS = "init lab linalg merge nn optim papers parametrize penalties probe replications report doctor customize".split()  # noqa: SIM905
 
@@ -212,3 +230,20 @@ def test_words():
     require_extra("this")
     assert issubclass(MissingExtra, ImportError)
     assert issubclass(MissingExtra, BadInput)
+
+
+def test_what_imports_an_extra_says_so_first():
+    """Every public function of the rooms that imports a package of an extra asks for it in words."""
+    silent = []
+    for room in ("init", "probe", "merge", "optim", "parametrize", "penalties", "nn", "linalg", "doctor"):
+        for file in sorted((ROOT / "src" / "pondera" / room).glob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                    continue
+                names = {n.module or "" for n in ast.walk(node) if isinstance(n, ast.ImportFrom) and not n.level}
+                names |= {a.name for n in ast.walk(node) if isinstance(n, ast.Import) for a in n.names}
+                called = {getattr(n.func, "id", "") for n in ast.walk(node) if isinstance(n, ast.Call)}
+                lacks = {name.partition(".")[0] for name in names} & set(EXTRAS)
+                if lacks and not called & {"require_extra", "needs_extra"}:
+                    silent.append(f"{file.name}: {node.name} imports {', '.join(sorted(lacks))}")
+    assert not silent

@@ -29,7 +29,7 @@ from pondera.doctor._faults import Fault, Start, advised, guessed, judged
 from pondera.doctor._ranking import Ranking
 from pondera.doctor._spectra import examples, jacobian
 from pondera.doctor._spectra import tangent as tangent_kernel
-from pondera.errors import BadInput, describe, nearest, not_finite
+from pondera.errors import BadInput, describe, nearest, not_finite, require_extra
 from pondera.probe._signal import Layer, Loss, measure_lent, sites
 from pondera.probe._untouched import arguments, require_model, untouched
 from pondera.probe.initial_guessing_bias import InitialGuessingBias
@@ -156,6 +156,7 @@ class Inspection:
 
         Raises: BadInput: for another name, or where that was not measured.
         """
+        require_extra("Inspection.plot", "plotly")
         import plotly.graph_objects as go
 
         from pondera.report import _inspection as _examined

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pondera._words import num, rate, signed
 from pondera.doctor._snippet import start_code
+from pondera.errors import require_extra
 from pondera.lab.recipe import Recipe
 from pondera.lab.task import Task
 
@@ -117,6 +118,7 @@ class Ranking:
 
     def plot(self) -> "Figure":
         """Held-out loss of each start, best at the top (a plotly figure)."""
+        require_extra("Ranking.plot", "plotly")
         import plotly.graph_objects as go
 
         shown = [t for t in self.trials if math.isfinite(t.loss)][::-1]

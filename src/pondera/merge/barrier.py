@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from pondera.errors import BadInput, describe, nearest
+from pondera.errors import BadInput, describe, nearest, require_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,6 +51,7 @@ class Barrier:
 
     def plot(self) -> "Figure":
         """The losses and the line between the ends (a matplotlib figure)."""
+        require_extra("Barrier.plot", "matplotlib")
         from matplotlib.figure import Figure
 
         fig = Figure(figsize=(5, 3.4), layout="constrained")

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
-from pondera.errors import BadInput, describe, require_finite
+from pondera.errors import BadInput, describe, require_extra, require_finite
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,6 +67,7 @@ class PowerLaw:
 
     def plot(self) -> "Figure":
         """Points, law and asymptote with its interval over log x (a matplotlib figure)."""
+        require_extra("PowerLaw.plot", "matplotlib")
         from matplotlib.figure import Figure
 
         fig = Figure(figsize=(5, 3.2), layout="constrained")
@@ -109,6 +110,8 @@ def fit_power_law(x: Sequence[float] | Tensor, loss: Sequence[float] | Tensor) -
     (3.0, 0.5, 1.0)
     """
     import numpy as np
+
+    require_extra("fit_power_law", "scipy")
     from scipy import optimize, stats
 
     xs, ys = _points(x, loss)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pondera.errors import BadInput, describe, nearest, require_finite, require_float
+from pondera.errors import BadInput, describe, nearest, require_extra, require_finite, require_float
 
 MERGING: WeakSet[nn.Module] = WeakSet()  # layers that a merge is attached to
 MIXED = "an orthogonal merge runs all its adapters on every row; adapter_names cannot choose among them"
@@ -252,6 +252,7 @@ def bake_orthogonal_merge(
     >>> model.peft_config["both"].r
     4
     """
+    require_extra("bake_orthogonal_merge", "peft")
     from peft import PeftModel
 
     who = "bake_orthogonal_merge"

@@ -25,7 +25,7 @@ from pondera._permute import (
     reorder,
     trace_permutations,
 )
-from pondera.errors import BadInput, describe, nearest, require_finite
+from pondera.errors import BadInput, describe, nearest, require_extra, require_finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -349,6 +349,7 @@ class SingularAlignment:
 
     def plot(self) -> "Figure":
         """R_gamma of every layer (a matplotlib figure)."""
+        require_extra("SingularAlignment.plot", "matplotlib")
         from matplotlib.figure import Figure
 
         fig = Figure(figsize=(6, 3.4), layout="constrained")
@@ -446,6 +447,7 @@ def _ascend(
     max_iter: int,
 ) -> _Run:
     """Coordinate ascent from the permutations `first`; those left out begin with the identity."""
+    require_extra("weight_matching", "scipy")
     from scipy.optimize import linear_sum_assignment
 
     perms, names, wide = dict(first), list(sizes), (_Wide(), _Wide(), _Wide())

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pondera.errors import BadInput, describe, require_finite
+from pondera.errors import BadInput, describe, require_extra, require_finite
 from pondera.probe._factors import Block, Gradients, Row, product, single_rows
 from pondera.probe._untouched import arguments, in_words, run, scores
 
@@ -81,6 +81,7 @@ class TangentKernel:
 
     def plot(self) -> "Figure":
         """The spectrum and the kernel, averaged over outputs (a matplotlib figure)."""
+        require_extra("TangentKernel.plot", "matplotlib")
         from matplotlib.figure import Figure
 
         fig = Figure(figsize=(9, 3.6) if self.square else (5, 3.6), layout="constrained")

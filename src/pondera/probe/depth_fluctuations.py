@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from pondera._activations import Activation, activation, derivative
-from pondera.errors import BadInput
+from pondera.errors import BadInput, require_extra
 
 Fill = Callable[[Tensor], Any]
 
@@ -45,6 +45,7 @@ class DepthFluctuations:
 
     def plot(self) -> Any:
         """V and N over depth on a logarithmic axis, a band of two standard errors; the matplotlib Axes."""
+        require_extra("DepthFluctuations.plot", "matplotlib")
         from matplotlib import pyplot as plt
 
         _, ax = plt.subplots(figsize=(5, 3.2))

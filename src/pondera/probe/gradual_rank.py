@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pondera._weights import require_owned
-from pondera.errors import BadInput, require_finite
+from pondera.errors import BadInput, require_extra, require_finite
 from pondera.linalg import as_matrix
 from pondera.probe._untouched import require_model, untouched
 
@@ -68,6 +68,7 @@ class RankOfChange:
 
     def plot(self) -> "Figure":
         """Stable rank of each change, and its singular values by the largest (a matplotlib figure)."""
+        require_extra("RankOfChange.plot", "matplotlib")
         from matplotlib.figure import Figure
 
         shown = range(min(len(self.names), SHOWN))

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from pondera._bounds import ACTIVATIONS, Box, Clip, box_around, boxes_in, class_differences, margins, run
-from pondera.errors import BadInput, require_finite, require_matrix
+from pondera.errors import BadInput, require_extra, require_finite, require_matrix
 from pondera.probe._untouched import arguments, require_model, untouched
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class IBPTightness:
 
     def plot(self) -> "Figure":
         """The tightness of all inputs and outputs, on a logarithmic axis (a matplotlib figure)."""
+        require_extra("IBPTightness.plot", "matplotlib")
         from matplotlib.figure import Figure
 
         fig = Figure(figsize=(5, 3.2), layout="constrained")

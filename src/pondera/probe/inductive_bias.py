@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from pondera.errors import BadInput, describe, require_finite
+from pondera.errors import BadInput, describe, require_extra, require_finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,6 +57,7 @@ class RequiredInductiveBias:
 
     def plot(self) -> "Figure":
         """The errors' distribution with the fitted law and the target (a matplotlib figure)."""
+        require_extra("RequiredInductiveBias.plot", "matplotlib")
         from matplotlib.figure import Figure
 
         fig = Figure(figsize=(5, 3.4), layout="constrained")
@@ -102,6 +103,7 @@ def required_inductive_bias(errors: Float[Tensor, "n"], target: float) -> Requir
     True
     """
     who = "required_inductive_bias"
+    require_extra("required_inductive_bias", "scipy")
     from scipy.stats import ncx2
 
     e = require_finite(torch.as_tensor(errors), who, "errors").detach().cpu().double().flatten()

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pondera._activations import Activation, activation
-from pondera.errors import BadInput, describe, require_finite
+from pondera.errors import BadInput, describe, require_extra, require_finite
 from pondera.linalg import gaussian_mean, gaussian_pair_mean
 from pondera.probe._untouched import require_model, run, scores, untouched
 
@@ -63,6 +63,7 @@ class InitialGuessingBias:
 
     def plot(self) -> "Figure":
         """Share of each class beside fair guessing, and each class's output over the inputs (a matplotlib figure)."""
+        require_extra("InitialGuessingBias.plot", "matplotlib")
         from matplotlib.figure import Figure
 
         fig = Figure(figsize=(9, 3.4), layout="constrained")

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pondera.errors import BadInput, describe, require_finite, require_matrix
+from pondera.errors import BadInput, describe, require_extra, require_finite, require_matrix
 from pondera.probe._untouched import arguments, require_model, run, scores, untouched
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class KoopmanBound:
 
     def plot(self) -> "Figure":
         """The four factors, and each layer's Koopman factor beside its condition number (a matplotlib figure)."""
+        require_extra("KoopmanBound.plot", "matplotlib")
         from matplotlib.figure import Figure
 
         fig = Figure(figsize=(9, 3.2), layout="constrained")

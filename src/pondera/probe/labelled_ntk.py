@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from pondera.errors import BadInput, describe
+from pondera.errors import BadInput, describe, require_extra
 from pondera.probe._tangent import Seen, gram, look
 from pondera.probe._untouched import require_model, untouched
 
@@ -86,6 +86,7 @@ class LabelledKernel:
 
     def plot(self) -> "Figure":
         """Cosines between all examples, sorted by label, and their distribution (a matplotlib figure)."""
+        require_extra("LabelledKernel.plot", "matplotlib")
         from matplotlib.figure import Figure
 
         fig = Figure(figsize=(9, 3.6), layout="constrained")

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pondera.errors import BadInput
+from pondera.errors import BadInput, require_extra
 from pondera.probe._untouched import arguments, require_model, run, untouched
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class LoraFeatures:
 
     def plot(self) -> "Figure":
         """Both features by layer, beside the layer's own output (a matplotlib figure)."""
+        require_extra("LoraFeatures.plot", "matplotlib")
         from matplotlib.figure import Figure
 
         fig = Figure(figsize=(7, max(2.5, 0.25 * len(self.names) + 1)), layout="constrained")
@@ -90,6 +91,7 @@ def lora_features(model: nn.Module, batch: Any, *, adapter_name: str = "default"
     >>> found.names, found.output.tolist()
     (('0', '2'), [0.0, 0.0])
     """
+    require_extra("lora_features", "peft")
     from peft.tuners.lora.layer import LoraLayer
 
     require_model(model, WHO)

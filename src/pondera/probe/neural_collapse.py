@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pondera._weights import is_gpt_conv1d
-from pondera.errors import BadInput, describe, nearest, require_finite
+from pondera.errors import BadInput, describe, nearest, require_extra, require_finite
 from pondera.probe._untouched import require_model, run, untouched
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class NeuralCollapse:
 
     def plot(self) -> "Figure":
         """Cosines between the rows of the classifier and between the class means (a matplotlib figure)."""
+        require_extra("NeuralCollapse.plot", "matplotlib")
         from matplotlib.figure import Figure
 
         fig = Figure(figsize=(8.4, 3.6), layout="constrained")

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from pondera._weights import require_owned
-from pondera.errors import BadInput, describe, require_finite
+from pondera.errors import BadInput, describe, require_extra, require_finite
 from pondera.probe._untouched import require_model, run, scores, untouched
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class FunctionComplexity:
 
     def plot(self) -> "Figure":
         """The function on the grid, and its radial spectrum (a matplotlib figure)."""
+        require_extra("FunctionComplexity.plot", "matplotlib")
         from matplotlib.figure import Figure
 
         fig = Figure(figsize=(8.4, 3.6), layout="constrained")

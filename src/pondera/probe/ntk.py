@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pondera._activations import Activation, activation, derivative
-from pondera.errors import BadInput, describe, require_finite
+from pondera.errors import BadInput, describe, require_extra, require_finite
 from pondera.linalg import gaussian_mean, gaussian_pair_mean
 from pondera.probe._tangent import TangentKernel, as_one, gram, look
 from pondera.probe._untouched import require_model, untouched
@@ -210,6 +210,7 @@ class KernelDynamics:
 
     def plot(self) -> "Figure":
         """The loss over time, and the residual's share against the rate of each component (a matplotlib figure)."""
+        require_extra("KernelDynamics.plot", "matplotlib")
         from matplotlib.figure import Figure
 
         fig = Figure(figsize=(9, 3.4), layout="constrained")

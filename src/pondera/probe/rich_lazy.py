@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pondera._weights import require_owned
-from pondera.errors import BadInput, nearest, require_finite
+from pondera.errors import BadInput, nearest, require_extra, require_finite
 from pondera.probe._untouched import in_words, require_model, run, scores, untouched
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Laziness:
 
     def plot(self) -> "Figure":
         """The alignments, and the relative change of each weight (a matplotlib figure)."""
+        require_extra("Laziness.plot", "matplotlib")
         from matplotlib.figure import Figure
 
         shown = slice(0, SHOWN)

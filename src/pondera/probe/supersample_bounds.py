@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from pondera.errors import BadInput, describe, require_finite
+from pondera.errors import BadInput, describe, require_extra, require_finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,6 +71,7 @@ class SupersampleBounds:
 
     def plot(self) -> "Figure":
         """The bounds as bars, the gap as a line (a matplotlib figure)."""
+        require_extra("SupersampleBounds.plot", "matplotlib")
         from matplotlib.figure import Figure
 
         fig = Figure(figsize=(5.5, 3.2), layout="constrained")

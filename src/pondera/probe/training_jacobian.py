@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from pondera.errors import BadInput, describe, require_finite
+from pondera.errors import BadInput, describe, require_extra, require_finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,6 +79,7 @@ class TrainingJacobian:
 
     def plot(self) -> "Figure":
         """Singular values, and the cosine between left and right vectors, by rank (a matplotlib figure)."""
+        require_extra("TrainingJacobian.plot", "matplotlib")
         from matplotlib.figure import Figure
 
         fig = Figure(figsize=(9, 3.4), layout="constrained")
