@@ -12,6 +12,7 @@ finds the model that was given. What is frozen in a core is a buffer, what is tr
 directly on the core (PEFT's names of saved tensors allow one level).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -355,7 +356,31 @@ class AdapterModel(BaseTuner):
 
 def _dtype_of(core: nn.Module) -> torch.dtype:
     """The dtype a core computes in: that of its parameters."""
-    return next(core.parameters()).dtype
+    return next(p.dtype for p in core._parameters.values() if p is not None)
+
+
+def fusable(*tensors: Tensor) -> bool:
+    """Whether a backward written by hand may stand for autograd's: strided tensors with numbers, of one dtype, which is
+    float32 or float64, and no autocast, compiler, `torch.func` or forward mode at work."""
+    dtype = tensors[0].dtype
+    return (
+        dtype in (torch.float32, torch.float64)
+        and all(t.dtype == dtype and type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in tensors)
+        and not torch.is_autocast_enabled(tensors[0].device.type)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def gradients_of(
+    function: Callable[..., Tensor], inputs: Sequence[Any], needed: Sequence[bool], back: Tensor
+) -> list[Tensor | None]:
+    """What autograd gives for `function`, itself differentiable: for a backward that is to be differentiated again."""
+    with torch.enable_grad():
+        asked = [x for x, wanted in zip(inputs, needed) if wanted]
+        found = iter(torch.autograd.grad(function(*inputs), asked, back, create_graph=True))
+    return [next(found) if wanted else None for wanted in needed]
 
 
 def require_rank(r: int, weight: Tensor, who: str, *, field_name: str = "r") -> int:
