@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pondera.adapters._base import (
+    NO_SUM,
     AdapterConfig,
     AdapterLayer,
     AdapterModel,
@@ -190,6 +191,7 @@ class OftModel(AdapterModel):
     prefix = "pondera_oft_"
     tuner_layer_cls = OftLayer
     paper_name = "OFT"
+    no_sum = NO_SUM
 
 
 register(OftConfig, OftModel)
