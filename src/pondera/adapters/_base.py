@@ -470,7 +470,7 @@ class AdapterModel(BaseTuner):
                 for key, (left, right) in held.items():
                     require_rank(rank, left[:, :1] * right[:1], f"the sum in layer {key!r}", field_name="a rank")
                 if combination_type == "svd":
-                    held = {key: _truncated(*pair, rank) for key, pair in held.items()}
+                    held = {key: _truncated(left, right, rank) for key, (left, right) in held.items()}
             config = configs[adapters[0]].for_sum(rank)
             config.target_modules, config.exclude_modules = set(parts), None
             config.layers_to_transform = config.layers_pattern = None
