@@ -163,6 +163,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(
             layer, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
+        self.dense = not isinstance(layer, nn.Embedding | nn.Conv2d)  # rows in, rows out
         self.scale_of: dict[str, float] = {}
         self._unmerged: tuple[Tensor, ...] = ()  # a bare parameter would be registered as one of this module
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
@@ -201,13 +202,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters:
             self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        cores = self.cores
         if names is not None:
-            wanted = self._samples_of(names, x)
-        elif self.merged_adapters:
-            wanted = {}
+            samples = self._samples_of(names, x)
         else:
-            wanted = {name: None for name in self.active_adapters if name in cores}
+            samples = dict.fromkeys([] if self.merged_adapters else self.active_adapters)
+        cores = self.cores._modules
+        wanted = [(name, cores[name], rows) for name, rows in samples.items() if name in cores]
         if not wanted:
             return self.base_layer(x, *args, **kwargs)
         run = self._turned if issubclass(self.core, InputRotation) else self._added
@@ -224,18 +224,18 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 f"adapter_names needs one name a sample, got {len(names)} names for inputs of batch {len(x)}"
             )
         where = {name: [i for i, other in enumerate(names) if other == name] for name in set(names)}
-        return {name: torch.tensor(rows, device=x.device) for name, rows in where.items() if name in self.cores}
+        return {name: torch.tensor(rows, device=x.device) for name, rows in where.items()}
 
-    def _added(self, x: Tensor, wanted: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def _added(self, x: Tensor, wanted: list[tuple[str, Any, Any]], *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        for name, rows in wanted.items():
-            core, scale = self.cores[name], self.scale_of[name]
+        for name, core, rows in wanted:
+            scale = self.scale_of[name]
             if rows is not None:
                 change = self._change(core, x)[rows] if core.per_sample else self._change(core, x[rows])
                 result = result.index_add(0, rows, (scale * change).to(result.dtype))
-            elif scale == 1.0 and not isinstance(self.get_base_layer(), nn.Embedding | nn.Conv2d):
+            elif scale == 1.0 and self.dense:
                 result = core.onto(result, self._cast_input_dtype(x, _dtype_of(core)))
             else:
                 result = result + (scale * self._change(core, x)).to(result.dtype)
@@ -252,22 +252,20 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return layer._conv_forward(x, core.delta().to(dtype).reshape(layer.weight.shape), None)
         return core(x)
 
-    def _turned(self, x: Tensor, wanted: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        layer = self.get_base_layer()
-        if isinstance(layer, nn.Embedding):
+    def _turned(self, x: Tensor, wanted: list[tuple[str, Any, Any]], *args: Any, **kwargs: Any) -> Tensor:
+        channels_last = not self.dense and isinstance(self.get_base_layer(), nn.Conv2d)
+        if not self.dense and not channels_last:  # an embedding's rows are turned when they are there
             found = self.base_layer(x, *args, **kwargs)
-            for name, rows in wanted.items():
-                found = self._rotated(self.cores[name].merged, found, rows, name).to(found.dtype)
+            for _, core, rows in wanted:
+                found = self._rotated(core.merged, found, rows, _dtype_of(core)).to(found.dtype)
             return found
-        channels_last = isinstance(layer, nn.Conv2d)
         z = x.movedim(1, -1) if channels_last else x
-        for name in reversed(wanted):  # merging in the order W R1^T R2^T puts the last one next to the input
-            z = self._rotated(self.cores[name], z, wanted[name], name)
+        for _, core, rows in reversed(wanted):  # merging in the order W R1^T R2^T puts the last one next to the input
+            z = self._rotated(core, z, rows, _dtype_of(core))
         z = z.movedim(-1, 1) if channels_last else z
         return self.base_layer(z.to(x.dtype), *args, **kwargs)
 
-    def _rotated(self, turn: Callable[[Tensor], Tensor], z: Tensor, rows: Tensor | None, name: str) -> Tensor:
-        dtype = _dtype_of(self.cores[name])
+    def _rotated(self, turn: Callable[[Tensor], Tensor], z: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
         if rows is None:
             return turn(self._cast_input_dtype(z, dtype))
         return z.index_copy(0, rows, turn(self._cast_input_dtype(z[rows], dtype)).to(z.dtype))
@@ -356,8 +354,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `peft.convert_to_lora` can take this layer: a change to add, of a layer it knows the factors of."""
-        layer = self.get_base_layer()
-        return issubclass(self.core, Additive) and not isinstance(layer, nn.Embedding | nn.Conv2d)
+        return issubclass(self.core, Additive) and self.dense
 
     def __repr__(self) -> str:
         return "pondera." + super().__repr__()

@@ -228,11 +228,12 @@ class TLora(Additive):
         )
 
     def _mask(self) -> Tensor:
+        P: Any = self._parameters["P"]
         if self.r_min == self.r:
-            return self.P.new_ones(1, self.r)
+            return P.new_ones(1, self.r)
         if self.clock is None:
             raise BadInput("this T-LoRA layer belongs to no denoiser; run under pondera.adapters.at_timestep(model, t)")
-        return self.clock.mask(self, self.P)
+        return self.clock.mask(self, P)
 
     @property
     def per_sample(self) -> bool:  # type: ignore[override]
@@ -252,13 +253,15 @@ class TLora(Additive):
     def _halfway(self, x: Float[Tensor, "*batch in"]) -> tuple[Float[Tensor, "*batch k"], Float[Tensor, "out k"]]:
         """The product up to P, and P with s worked in: it has fewer numbers than the activations, so it takes the mask."""
         mask = self._mask()
+        p: Any = self._parameters  # `self.Q` and the like search three tables each, which shows in a step
+        start: Any = self._buffers
         one = len(mask) == 1
         if self.plain:
-            z = F.linear(x, self.Q)
-            return (z, self.P * mask) if one else (z * _for_batch(mask, x), self.P)
-        s, s0 = (self.s * mask[0], self.s0 * mask[0]) if one else (self.s, self.s0)
-        z = F.linear(x, torch.cat([self.Q, self.Q0]))
-        up = torch.cat([self.P * s, self.P0 * -s0], dim=1)
+            z = F.linear(x, p["Q"])
+            return (z, p["P"] * mask) if one else (z * _for_batch(mask, x), p["P"])
+        s, s0 = (p["s"] * mask[0], start["s0"] * -mask[0]) if one else (p["s"], -start["s0"])
+        z = F.linear(x, torch.cat([p["Q"], start["Q0"]]))
+        up = torch.cat([p["P"] * s, start["P0"] * s0], dim=1)
         return (z, up) if one else (z * _for_batch(mask.repeat(1, 2), x), up)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
