@@ -50,6 +50,8 @@ def run() -> list[dict[str, Any]]:
 
     from pondera.adapters import TLoraConfig
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     peer = Trainer(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
     rows = []
     for name, config in (
@@ -77,4 +79,5 @@ def run() -> list[dict[str, Any]]:
                 "note": "mark: at most 1.03",
             }
         )
+    torch.set_num_threads(threads)
     return rows

@@ -202,12 +202,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters:
             self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        cores = self._modules[self.adapter_layer_names[0]]._modules
         if names is not None:
-            samples = self._samples_of(names, x)
+            wanted = [(name, cores[name], rows) for name, rows in self._samples_of(names, x).items() if name in cores]
+        elif self.merged_adapters:
+            wanted = []
         else:
-            samples = dict.fromkeys([] if self.merged_adapters else self.active_adapters)
-        cores = self.cores._modules
-        wanted = [(name, cores[name], rows) for name, rows in samples.items() if name in cores]
+            wanted = [(name, cores[name], None) for name in self.active_adapters if name in cores]
         if not wanted:
             return self.base_layer(x, *args, **kwargs)
         run = self._turned if issubclass(self.core, InputRotation) else self._added
@@ -236,7 +237,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 change = self._change(core, x)[rows] if core.per_sample else self._change(core, x[rows])
                 result = result.index_add(0, rows, (scale * change).to(result.dtype))
             elif scale == 1.0 and self.dense:
-                result = core.onto(result, self._cast_input_dtype(x, _dtype_of(core)))
+                dtype = _dtype_of(core)
+                result = core.onto(result, x if x.dtype is dtype else self._cast_input_dtype(x, dtype))
             else:
                 result = result + (scale * self._change(core, x)).to(result.dtype)
         return result
@@ -532,7 +534,7 @@ def _with_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: lis
 
 def _dtype_of(core: nn.Module) -> torch.dtype:
     """The dtype a core computes in: that of its parameters."""
-    return next(p.dtype for p in core._parameters.values() if p is not None)
+    return next(iter(core._parameters.values())).dtype
 
 
 def fusable(*tensors: Tensor) -> bool:
