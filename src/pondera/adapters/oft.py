@@ -116,6 +116,7 @@ class _Turn(torch.autograd.Function):
         for rows, out in _parts(b, x, y):
             z = torch.bmm(rows.transpose(0, 1), inverse)
             torch.lerp(rows, z.transpose(0, 1), 2.0, out=out)
+            del z  # before the next part's
         return y
 
     @staticmethod
@@ -131,6 +132,7 @@ class _Turn(torch.autograd.Function):
             torch.lerp(back, w.transpose(0, 1), 2.0, out=out)
             xw = torch.bmm(w.mT, rows.transpose(0, 1))  # transposed: x^T w would read down the columns of both
             product = xw if product is None else product.add_(xw)
+            del w, xw
         gq = torch.bmm(product, inverse)
         above, _ = _constants(b, q.device, q.dtype)
         return (gq.mT - gq).flatten(1).index_select(1, above).mul_(2), gx, None
