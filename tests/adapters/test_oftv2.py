@@ -179,3 +179,91 @@ def test_peft_changes_a_block_size_that_does_not_divide():
         net = wrapped(nn.Linear(12, 3), peft.OFTConfig(oft_block_size=5, target_modules=["0"]))
     assert net.base_model.model[0].oft_block_size["default"] == 4
     assert any("Adjusted" in str(w.message) for w in said)
+
+
+# -- the products and the backward written by hand ---------------------------------------------------------------------
+
+
+def by_autograd(q, x, b):
+    """The rotation by a solver and the rows by one sum, in which autograd finds its own way back."""
+    blocks = cayley(skew(q, b))
+    return torch.einsum("...kb,kbc->...kc", x.unflatten(-1, blocks.shape[:2]), blocks).flatten(-2)
+
+
+def turned(q, x, b):
+    core = BlockRotation(torch.zeros(1, x.shape[-1]), OftConfig(block_size=b))
+    return torch.func.functional_call(core, {"q": q}, (x,))
+
+
+def numbers(n, b, size, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return (size * torch.randn(n // b, b * (b - 1) // 2, generator=g, dtype=torch.float64)).to(dtype)
+
+
+@pytest.mark.parametrize(("n", "b"), [(12, 4), (24, 12), (6, 2), (3, 3), (64, 32)])
+def test_first_and_second_gradients(n, b):
+    q, x = numbers(n, b, 0.3).requires_grad_(), torch.randn(2, 1, n, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q, x: turned(q, x, b), (q, x), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda q, x: turned(q, x, b), (q, x), fast_mode=True)
+    frozen = q.detach()
+    assert torch.autograd.gradgradcheck(lambda x: turned(frozen, x, b), (x,), fast_mode=True)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-6, 0.01, 0.05, 0.1, 0.3, 3.0])
+@pytest.mark.parametrize("b", [16, 32, 128])
+def test_products_are_as_near_as_a_solver(size, b):
+    """Both sides of the bound below which the inverse is made of products; against float64."""
+    q = numbers(256, b, size)
+    x, g = torch.randn(7, 256, dtype=torch.float64), torch.randn(7, 256, dtype=torch.float64)
+    found = {}
+    for name, turn, dtype in (
+        ("ours", turned, torch.float32),
+        ("before", by_autograd, torch.float32),
+        ("exact", by_autograd, torch.float64),
+    ):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, x)]
+        y = turn(*leaves, b)
+        found[name] = [t.detach().double() for t in (y, *torch.autograd.grad(y, leaves, g.to(dtype)))]
+    for ours, before, exact in zip(*found.values()):
+        rounding = 1e-6 * exact.abs().max()
+        assert (ours - exact).abs().max() < 2 * (before - exact).abs().max() + rounding
+
+
+@pytest.mark.parametrize("size", [0.02, 0.05, 0.1, 1.0])
+def test_stays_a_rotation_in_float32(size):
+    r = turned(numbers(64, 32, size, torch.float32), torch.eye(64), 32)
+    assert torch.allclose(r @ r.T, torch.eye(64), atol=5e-6)
+
+
+def test_many_rows_are_the_rows_one_by_one():
+    """Above a megabyte the rows are taken in parts."""
+    q, x = numbers(64, 32, 0.1, torch.float32).requires_grad_(), torch.randn(3, 4000, 64, requires_grad=True)
+    g = torch.randn(3, 4000, 64)
+    y = turned(q, x, 32)
+    gq, gx = torch.autograd.grad(y, (q, x), g)
+    z = by_autograd(q, x, 32)
+    wq, wx = torch.autograd.grad(z, (q, x), g)
+    assert torch.allclose(y, z, atol=1e-5)
+    assert torch.allclose(gx, wx, atol=1e-5)
+    assert torch.allclose(gq, wq, rtol=1e-4, atol=1e-4 * wq.abs().max().item())
+    assert turned(q, x[:0], 32).shape == (0, 4000, 64)
+    assert torch.equal(turned(q, x.permute(1, 0, 2), 32), y.permute(1, 0, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_numbers_go_the_old_way(dtype):
+    core = away(BlockRotation(torch.zeros(1, 64), OftConfig(block_size=32)), 0.1).to(dtype)
+    x = torch.randn(5, 64).to(dtype)
+    blocks = cayley(skew(core.q.float(), 32)).to(dtype)
+    assert torch.equal(core(x), torch.einsum("...kb,kbc->...kc", x.unflatten(-1, (2, 32)), blocks).flatten(-2))
+
+
+def test_function_transforms_and_forward_mode_go_the_old_way():
+    q, x, v = numbers(8, 4, 0.3), torch.randn(5, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+    y = by_autograd(q, x, 4)
+    assert torch.allclose(torch.func.vmap(lambda row: turned(q, row, 4))(x), y)
+    out, tangent = torch.func.jvp(lambda x: turned(q, x, 4), (x,), (v,))
+    assert torch.allclose(out, y) and torch.allclose(tangent, by_autograd(q, v, 4))
+    with torch.autograd.forward_ad.dual_level():
+        dual = turned(q, torch.autograd.forward_ad.make_dual(x, v), 4)
+        assert torch.allclose(torch.autograd.forward_ad.unpack_dual(dual).tangent, by_autograd(q, v, 4))

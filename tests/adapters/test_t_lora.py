@@ -233,20 +233,152 @@ def test_plain_lora_is_the_adapter_at_one_timestep():
             assert torch.allclose(base(x, 400, text).sample, unet(x, 400, text).sample, atol=1e-4)
 
 
-def test_unloading_takes_the_clock_away():
-    class Timed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = nn.Linear(8, 8)
+class Timed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
 
-        def forward(self, x, t):
-            return self.a(x)
+    def forward(self, x, t):
+        return self.b(torch.relu(self.a(x)))
 
-    net = peft.get_peft_model(Timed(), TLoraConfig(r=4, target_modules=["a"]))
+
+def hooks(model):
+    """What lies on a model's modules to be called, all kinds."""
+    kinds = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
+    return [(name, kind, dict(getattr(m, kind))) for name, m in model.named_modules() for kind in kinds]
+
+
+@pytest.mark.parametrize("how", ["unload", "merge_and_unload", "delete_adapter"])
+def test_unloading_takes_the_clock_away(how):
+    model = Timed()
+    model.register_forward_pre_hook(lambda module, args: None)  # somebody else's, which stays
+    before = hooks(model)
+    net = peft.get_peft_model(model, TLoraConfig(r=4, target_modules=["a"]))
+    net.add_adapter("other", TLoraConfig(r=2, target_modules=["b"]))
+    net.delete_adapter("other")
     assert clock_of(net) is not None
-    plain = net.unload()
-    assert clock_of(plain) is None
+    with at_timestep(net, 100):
+        plain = {"unload": net.unload, "merge_and_unload": net.merge_and_unload}.get(how, lambda: model)()
+    if how == "delete_adapter":
+        net.delete_adapter("default")
+        assert clock_of(model) is None
+        return
+    assert hooks(plain) == before
     assert plain(torch.ones(1, 8), 5).shape == (1, 8)
+
+
+@pytest.mark.parametrize("how", ["delete_adapters", "unload_lora"])
+def test_a_denoiser_that_lost_its_adapters_lets_the_clock_go_at_its_next_call(how):
+    unet = small_unet()
+    x, text, before = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32), hooks(unet)
+    wanted = unet(x, 10, text).sample
+    unet.add_adapter(TLoraConfig(r=8, target_modules=ATTENTION), "one")
+    shake(unet)
+    unet.disable_adapters()
+    for _ in range(2):  # no layer asks for the time, and it is still there to be asked
+        assert torch.equal(unet(x, 10, text).sample, wanted)
+    assert clock_of(unet) is not None
+    unet.enable_adapters()
+    assert not torch.allclose(unet(x, 10, text).sample, wanted, atol=1e-4)
+    unet.delete_adapters("one") if how == "delete_adapters" else unet.unload_lora()
+    for _ in range(2):
+        after = unet(x, 10, text).sample
+    assert torch.equal(after, wanted)
+    assert clock_of(unet) is None
+    if how == "unload_lora":
+        assert hooks(unet) == before
+
+
+@pytest.mark.parametrize("t", [300.0, torch.tensor([100.0, 500.0, 900.0, 300.0])])
+def test_a_name_a_sample_keeps_every_samples_timestep(t):
+    net = shake(peft.get_peft_model(Timed(), TLoraConfig(r=8, r_min=1, target_modules=["a", "b"])).eval())
+    net.add_adapter("other", TLoraConfig(r=6, r_min=1, target_modules=["a"]))
+    net.set_adapter("other")
+    shake(net, 0.3)
+    x, names = torch.randn(4, 8), ["other", "default", "__base__", "other"]
+    mixed = net(x, t, adapter_names=names)
+    for name in ("default", "other"):
+        net.set_adapter(name)
+        alone = net(x, t)
+        mine = [i for i, n in enumerate(names) if n == name]
+        assert torch.allclose(mixed[mine], alone[mine], atol=1e-5)
+    with net.disable_adapter():
+        assert torch.allclose(mixed[2], net(x, t)[2], atol=1e-6)
+
+
+def test_a_saved_adapter_of_old_opens(tmp_path):
+    """Files as they were written before layers could have ranks of their own."""
+    import json
+
+    from safetensors.torch import save_file
+
+    config = {
+        "auto_mapping": None, "base_model_name_or_path": None, "exclude_modules": None, "inference_mode": True,
+        "layers_pattern": None, "layers_to_transform": None, "mask_power": 1.0, "modules_to_save": None,
+        "num_timesteps": 1000, "peft_type": "PONDERA_T_LORA", "peft_version": "0.21.2", "r": 4, "r_min": 2,
+        "revision": None, "start": "ortho", "target_modules": ["0"], "task_type": None, "timestep_scale": None,
+        "triplets": "last",
+    }  # fmt: skip
+    tensors = {
+        "Q": fill(4, 6, k=1.1), "P": fill(5, 4, k=1.3), "s": fill(4, k=0.7),
+        "Q0": fill(4, 6, k=1.7), "P0": fill(5, 4, k=1.9), "s0": fill(4, k=0.3),
+    }  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(
+        {f"base_model.model.0.pondera_t_lora_core.{k}": v for k, v in tensors.items()},
+        tmp_path / "adapter_model.safetensors",
+    )
+    base = nn.Sequential(nn.Linear(6, 5)).double()
+    x = fill(3, 6, k=0.5)
+    plain = base(x)
+    net = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert set(peft.get_peft_model_state_dict(net)) == {f"base_model.model.0.pondera_t_lora_core.{k}" for k in tensors}
+    on = torch.tensor([1.0, 1, 1, 0]).double()  # floor(.501 * 2) + 2 = 3 of 4
+    start = x @ tensors["Q0"].T * (tensors["s0"] * on) @ tensors["P0"].T
+    wanted = plain + x @ tensors["Q"].T * (tensors["s"] * on) @ tensors["P"].T - start
+    with at_timestep(net, 499):
+        assert torch.allclose(net(x), wanted, atol=1e-12)
+    with at_timestep(net, torch.tensor([499, 499, 499])):
+        assert torch.allclose(net(x), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("start", ["ortho", "lora"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_added_in_one_step_is_what_the_core_gives(start, masked):
+    """For all samples at one timestep and each at its own, in every shape of activations, and under autocast."""
+    net = nn.Sequential(nn.Linear(6, 5))
+    net = shake(peft.get_peft_model(net, TLoraConfig(r=4, r_min=1, start=start, target_modules=["0"])), 0.5)
+    layer = net.base_model.model[0]
+    core = layer.cores["default"]
+    for shape in ((4, 6), (4, 3, 6), (8, 2, 3, 6)):
+        x = torch.randn(shape)
+        with at_timestep(net, torch.tensor([0, 400, 700, 1000]) if masked else 600):
+            down, middle, up = core._factors(core._mask())
+            each = middle.repeat_interleave(shape[0] // len(middle), 0).view(
+                -1, *[1] * (len(shape) - 2), middle.shape[1]
+            )
+            wanted = layer.base_layer(x) + x @ down.T * each @ up.T
+            assert torch.allclose(layer(x), wanted, atol=1e-5)
+            assert torch.allclose(layer.base_layer(x) + core(x), wanted, atol=1e-5)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert layer(x).dtype == torch.bfloat16
+                assert torch.allclose(layer(x).float(), wanted, atol=0.1)
+    with at_timestep(net, 600):
+        assert layer(torch.randn(6)).shape == (5,)
+
+
+def test_a_layers_own_rank_has_the_same_share_on_at_pure_noise():
+    config = TLoraConfig(r=8, r_min=2, target_modules=["a", "b"], rank_pattern={"a": 4, "b": 3})
+    net = peft.get_peft_model(Timed(), config)
+    assert [(c.r, c.r_min) for c in net.modules() if isinstance(c, TLora)] == [(4, 1), (3, 1)]
+    x = torch.randn(2, 8)
+    with net.disable_adapter():
+        before = net(x, 0)
+    assert torch.allclose(net(x, 500), before, atol=1e-5)
+    unmasked = TLoraConfig(r=8, r_min=8, target_modules=["a"], rank_pattern={"a": 4})
+    assert [(c.r, c.r_min) for c in peft.get_peft_model(Timed(), unmasked).modules() if isinstance(c, TLora)] == [
+        (4, 4)
+    ]
 
 
 def test_ortho_lora_without_a_mask_needs_no_timestep_and_merges():

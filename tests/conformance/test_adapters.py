@@ -529,3 +529,277 @@ def test_layers_are_chosen_by_the_architecture_when_none_are_named(name):
     assert [n for n, m in adapted.named_modules() if isinstance(m, AdapterLayer)] == [
         "base_model.model.transformer.h.0.attn.c_attn"
     ]
+
+
+# -- serving and mixing --------------------------------------------------------------------------------------------------
+
+
+def two(name, kind, **more):
+    """A model with two adapters, both moved."""
+    model, config, x = make(name, kind, **more)
+    adapted = shake(peft.get_peft_model(model, config), seed=1)
+    adapted.add_adapter("other", copy.deepcopy(config))
+    adapted.set_adapter("other")
+    shake(adapted, seed=2)
+    adapted.set_adapter("default")
+    return adapted.eval(), x
+
+
+def tiny_gpt():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_a_name_a_sample(name, kind):
+    adapted, x = two(name, kind)
+    x = torch.cat([x, x])[:4] if len(x) < 4 else x
+    names = ["other", "__base__", "default", "other", "default"][: len(x)]
+    alone = {}
+    for one in ("default", "other"):
+        adapted.set_adapter(one)
+        alone[one] = adapted(x)
+    with adapted.disable_adapter():
+        alone["__base__"] = adapted(x)
+    mixed = adapted(x, adapter_names=names)
+    for i, one in enumerate(names):
+        close(mixed[i], alone[one][i])
+        assert all(not torch.allclose(mixed[i], alone[o][i], atol=1e-4) for o in alone if o != one)
+    close(adapted(x, adapter_names=["__base__"] * len(x)), alone["__base__"])
+    close(adapted(x), alone["default"] if adapted.active_adapter == "default" else alone["other"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_names_that_cannot_be_served(name):
+    adapted, x = two(name, "linear")
+    hooks = sum(len(m._forward_pre_hooks) for m in adapted.modules())
+    with pytest.raises(BadInput, match=r"adapter_names has nobody.*known: __base__, default, other"):
+        adapted(x, adapter_names=["nobody"] * len(x))
+    with pytest.raises(BadInput, match="got 2 names for inputs of batch 5"):
+        adapted(x, adapter_names=["default", "other"])
+    with pytest.raises(BadInput, match="needs a list with one name a sample, got 'default'"):
+        adapted(x, adapter_names="default")
+    with fixed(adapted, name):
+        adapted.merge_adapter()
+        with pytest.raises(BadInput, match=r"while \['default'\] are merged"):
+            adapted(x, adapter_names=["other"] * len(x))
+        adapted.unmerge_adapter()
+    with pytest.raises(BadInput, match="for inference"):
+        adapted.train()(x, adapter_names=["default"] * len(x))
+    assert sum(len(m._forward_pre_hooks) for m in adapted.modules()) == hooks
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generating_with_a_name_a_sample(name, beams):
+    settings = {"task_type": "CAUSAL_LM", "target_modules": ["c_attn", "c_proj", "lm_head"], **SETTINGS.get(name, {})}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(tiny_gpt(), CONFIGS[name](**settings))
+    shake(adapted, 0.5).eval()
+    ids = torch.randint(1, 50, (2, 5))
+    call = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False, "num_beams": beams}
+    with fixed(adapted, name):
+        tuned = adapted.generate(input_ids=ids, **call)
+        with adapted.disable_adapter():
+            plain = adapted.generate(input_ids=ids, **call)
+        mixed = adapted.generate(input_ids=ids, adapter_names=["__base__", "default"], **call)
+    assert torch.equal(mixed[0, : plain.shape[1]], plain[0]) and torch.equal(mixed[1, : tuned.shape[1]], tuned[1])
+    assert not torch.equal(tuned, plain)
+
+
+def test_a_name_a_sample_with_modules_saved_whole():
+    model, config, x = make("SvftConfig", "linear", modules_to_save=["head"])
+    adapted = shake(peft.get_peft_model(model, config)).eval()
+    tuned = adapted(x)
+    with adapted.disable_adapter():
+        plain = adapted(x)
+    mixed = adapted(x, adapter_names=["default", "__base__", "default", "__base__", "__base__"])
+    close(mixed, torch.stack([tuned[0], plain[1], tuned[2], plain[3], plain[4]]))
+
+
+SUMS = [
+    ("SorsaConfig", "cat"),
+    ("SorsaConfig", "svd"),
+    ("SvftConfig", "linear"),
+    ("TLoraConfig", "cat"),
+    ("TLoraConfig", "svd"),
+]
+SUMS = [(n, k, how) for n, how in SUMS for k in MODELS if MODELS[k][1] in core_of(CONFIGS[n]).layers]
+
+
+@pytest.mark.parametrize(("name", "kind", "how"), SUMS)
+def test_a_weighted_sum_of_adapters(name, kind, how, tmp_path):
+    small = {"SorsaConfig": {"r": 1}, "TLoraConfig": {"r": 1, "r_min": 1}}.get(name, {})
+    adapted, x = two(name, kind, **small)
+    base = copy.deepcopy(adapted).unload()
+    layers = [m for m in adapted.modules() if isinstance(m, AdapterLayer)]
+    wanted = [0.7 * m.get_delta_weight("default") - 0.2 * m.get_delta_weight("other") for m in layers]
+    before = adapted(x)
+    rank = {} if how != "svd" else {"svd_rank": 4}
+    adapted.add_weighted_adapter(["default", "other"], [0.7, -0.2], "sum", combination_type=how, **rank)
+    assert torch.equal(adapted(x), before)  # it is not active
+    assert not any(p.requires_grad for n, p in adapted.named_parameters() if ".sum." in n)
+    for layer, delta in zip(layers, wanted):
+        close(layer.get_delta_weight("sum"), delta, 1e-5)
+    adapted.set_adapter("sum")
+    adapted.save_pretrained(tmp_path, selected_adapters=["sum"])
+    close(peft.PeftModel.from_pretrained(base, tmp_path / "sum")(x), adapted(x), 1e-5)
+
+
+def test_the_best_sum_of_a_small_rank():
+    adapted, _ = two("SorsaConfig", "linear")
+    adapted.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")  # svd of rank r, as PEFT's LoRA has it
+    assert adapted.peft_config["sum"].r == 4
+    for layer in (m for m in adapted.modules() if isinstance(m, AdapterLayer)):
+        whole = layer.get_delta_weight("default") + layer.get_delta_weight("other")
+        u, s, vh = torch.linalg.svd(whole, full_matrices=False)
+        close(layer.get_delta_weight("sum"), u[:, :4] * s[:4] @ vh[:4], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("DotaConfig", "no meaning for DoTA: a sum of tensor trains.*peft.convert_to_lora"),
+        ("GivensConfig", "no meaning for qGOFT: a sum of rotations is no rotation"),
+        ("OftConfig", "no meaning for OFT: a sum of rotations is no rotation"),
+        ("SvftConfig", "by 'linear', got 'svd'"),
+        ("TLoraConfig", "with a mask, as 'default' has.*plain_lora"),
+    ],
+)
+def test_sums_that_are_refused(name, says):
+    adapted, _ = two(name, "linear")
+    with pytest.raises(BadInput, match=says):
+        adapted.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    assert set(adapted.peft_config) == {"default", "other"}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"adapters": ["default", "nobody"]}, "no adapter 'nobody' among 'default', 'other'"),
+        ({"weights": [1.0]}, "a finite weight for each"),
+        ({"weights": [1.0, float("nan")]}, "a finite weight for each"),
+        ({"adapter_name": "other"}, "'other' is taken"),
+        ({"combination_type": "ties"}, "by 'svd' or 'cat', got 'ties'"),
+        ({"combination_type": "cat"}, r"layer 'a' needs a rank from 1 to 12 for a layer of \(16, 12\), got 16"),
+        ({"svd_rank": 0}, "needs a rank from 1 to 12 .* got 0"),
+    ],
+)
+def test_sums_that_cannot_be_had_leave_the_model(given, says):
+    adapted, _ = two("SorsaConfig", "linear")
+    call = {"adapters": ["default", "other"], "weights": [1.0, 1.0], "adapter_name": "sum", **given}
+    with pytest.raises(BadInput, match=says):
+        adapted.add_weighted_adapter(**call)
+    assert set(adapted.peft_config) == {"default", "other"}
+    assert not any(".sum." in n for n, _ in adapted.named_parameters())
+
+
+def test_coefficients_at_other_places_are_not_added_up():
+    model, config, _ = make("SvftConfig", "linear", pattern="random")
+    adapted = peft.get_peft_model(model, config)
+    adapted.add_adapter("other", copy.deepcopy(config))
+    with pytest.raises(BadInput, match="coefficients of the same places"):
+        adapted.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type="linear")
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if "rank_pattern" in CONFIGS[n].__dataclass_fields__])
+def test_a_rank_of_its_own_for_a_layer(name, tmp_path):
+    model, config, x = make(name, "linear", rank_pattern={"b": 2})
+    base = copy.deepcopy(model)
+    before = model(x)
+    adapted = peft.get_peft_model(model, config)
+    close(adapted(x), before)
+    shake(adapted)
+    small = {n: min(p.shape) for n, p in adapted.named_parameters() if p.requires_grad and p.ndim == 2}
+    ranks = {layer: {r for n, r in small.items() if f".{layer}." in n} for layer in "ab"}
+    if name == "DotaConfig":  # cores of four dimensions, the bond is the last of the first
+        ranks = {k: {getattr(adapted.base_model.model, k).cores["default"].core_0.shape[-1]} for k in "ab"}
+    assert ranks == {"a": {4}, "b": {2}}
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base, tmp_path)
+    close(again(x), adapted(x), 1e-6)
+    with pytest.raises(BadInput, match=r"layer 'b'.*1000"):
+        peft.get_peft_model(make(name, "linear")[0], make(name, "linear", rank_pattern={"b": 1000})[1])
+    with pytest.warns(RuntimeWarning, match="nothing"):
+        peft.get_peft_model(*make(name, "linear", rank_pattern={"nothing": 2})[:2])
+
+
+# -- tied weights ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Model ", "ignore:Input and output embeddings are no longer tied")
+@pytest.mark.parametrize("targets", [["lm_head"], ["wte"], ["wte", "lm_head"]], ids="-".join)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_merging_into_one_of_two_tied_layers_leaves_the_other(name, targets, tmp_path):
+    if "wte" in targets and nn.Embedding not in core_of(CONFIGS[name]).layers:
+        pytest.skip(f"{name} adapts no embeddings")
+    gpt, ids = tiny_gpt(), torch.randint(50, (2, 7))
+    table = gpt.transformer.wte.weight
+    before = gpt(ids).logits
+    adapted = shake(peft.get_peft_model(gpt, CONFIGS[name](target_modules=targets, **SETTINGS.get(name, {}))))
+    with fixed(adapted, name):
+        wanted = adapted(input_ids=ids).logits
+        adapted.merge_adapter()
+        close(adapted(input_ids=ids).logits, wanted)
+        adapted.unmerge_adapter()
+        assert torch.equal(adapted(input_ids=ids).logits, wanted)
+        with adapted.disable_adapter():
+            assert torch.equal(adapted(input_ids=ids).logits, before)
+        of = lambda m: getattr(m, "base_layer", m).weight
+        assert of(adapted.base_model.model.transformer.wte) is table is of(adapted.base_model.model.lm_head)
+        plain = adapted.merge_and_unload()
+    close(plain(ids).logits, wanted)
+    plain.save_pretrained(tmp_path)
+    close(GPT2LMHeadModel.from_pretrained(tmp_path)(ids).logits, wanted)
+
+
+# -- the same adapter elsewhere ----------------------------------------------------------------------------------------------
+
+LOSS = {"DotaConfig": 1e-4, "SorsaConfig": 1e-6, "SvftConfig": 1e-6, "TLoraConfig": 1e-6}  # at the rank of the change
+
+
+@pytest.mark.parametrize("name", LOSS)
+def test_converted_to_a_lora(name, tmp_path):
+    gpt, ids = tiny_gpt(), torch.randint(50, (2, 7))
+    base = copy.deepcopy(gpt)
+    settings = {"target_modules": ["c_attn", "lm_head"], **SETTINGS.get(name, {})}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = shake(peft.get_peft_model(gpt, CONFIGS[name](**settings)))
+        with fixed(adapted, name):
+            wanted = adapted(input_ids=ids).logits
+            peft.save_as_lora(tmp_path, adapted, rank=16)  # the width: every change fits
+        lora = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert type(lora.peft_config["default"]) is peft.LoraConfig
+    close(lora(input_ids=ids).logits, wanted, LOSS[name])
+    mixed = lora(input_ids=ids, adapter_names=["__base__", "default"]).logits
+    close(mixed[1], wanted[1], LOSS[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(n, "linear") for n in ("GivensConfig", "OftConfig")] + [("SvftConfig", "conv2d"), ("SorsaConfig", "embedding")],
+)
+def test_what_cannot_be_a_lora_says_so(name, kind):
+    adapted, _ = two(name, kind)
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        peft.convert_to_lora(adapted, rank=4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_injected_into_a_model_of_transformers(name, monkeypatch):
+    """What `model.add_adapter` does, and that itself where it takes the installed PEFT or is told to."""
+    gpt, ids = tiny_gpt(), torch.randint(50, (2, 7))
+    before = gpt(ids).logits
+    config = CONFIGS[name](target_modules=["c_attn"], **SETTINGS.get(name, {}))
+    injected = peft.inject_adapter_in_model(config, copy.deepcopy(gpt))
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda min_version: None)
+    gpt.add_adapter(config, "mine")
+    for model in (injected, gpt):
+        with fixed(model, name):
+            close(model(ids).logits, before)
+            assert not torch.allclose(shake(model)(ids).logits, before, atol=1e-4)

@@ -40,6 +40,7 @@ class DotaConfig(AdapterConfig):
             matrix product of PiSSA. 11008 is 43 x 4 x 4 x 4 x 4.
         shape: the digits' sizes, ``[[i_1 .. i_N], [j_1 .. j_N]]`` with prod(i) = m and prod(j) = n of the layer seen as
             (out, in), instead of `n_cores`; for adapted layers of one size.
+        rank_pattern: another r for some layers, by their names' endings or expressions, as in PEFT.
         start: ``"pretrained"``, or ``"random"`` for the usual start of tensor adapters, which the paper compares with:
             normal cores of variance 1 / (d_{k-1} j_k), so that the signal keeps its size, and a last core of zeros.
 
@@ -68,6 +69,7 @@ class DotaConfig(AdapterConfig):
     n_cores: int = field(default=5, metadata={"help": "number of cores"})
     shape: list[list[int]] | None = field(default=None, metadata={"help": "sizes of row and column digits"})
     start: str = field(default="pretrained", metadata={"help": "pretrained or random"})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "layers' own r"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,6 +156,7 @@ class DotaModel(AdapterModel):
     prefix = "pondera_dota_"
     tuner_layer_cls = DotaLayer
     paper_name = "DoTA"
+    no_sum = "a sum of tensor trains is no train of the same bonds; turn each into a LoRA with peft.convert_to_lora and add those"
 
 
 register(DotaConfig, DotaModel)

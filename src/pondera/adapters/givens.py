@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pondera.adapters._base import AdapterConfig, AdapterLayer, AdapterModel, InputRotation
+from pondera.adapters._base import NO_SUM, AdapterConfig, AdapterLayer, AdapterModel, InputRotation
 from pondera.adapters._register import register
 from pondera.errors import BadInput
 from pondera.linalg.givens import givens_tree, rotations
@@ -109,6 +109,7 @@ class GivensModel(AdapterModel):
     prefix = "pondera_givens_"
     tuner_layer_cls = GivensLayer
     paper_name = "qGOFT"
+    no_sum = NO_SUM
 
 
 def soft_orthogonality(model: nn.Module) -> Float[Tensor, ""]:

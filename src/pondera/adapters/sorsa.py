@@ -1,6 +1,6 @@
 """SORSA: train the principal singular triplets of each weight, with a pull of the singular vectors to orthonormality."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +39,7 @@ class SorsaConfig(AdapterConfig):
     Args:
         r: triplets a layer, 4 by default as in the authors' library; their experiments have 128.
         alpha: c = alpha / r; None (the authors' default) is c = 1.
+        rank_pattern, alpha_pattern: another r or alpha for some layers, by their names' endings or expressions, as in PEFT.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in every adapter here.
     Raises: BadInput: for an `r` above the smaller side of a layer, an `alpha` that is not a positive number, NaN or
         infinite weights.
@@ -56,11 +57,17 @@ class SorsaConfig(AdapterConfig):
 
     r: int = field(default=4, metadata={"help": "number of singular triplets trained in each layer"})
     alpha: float | None = field(default=None, metadata={"help": "the change is scaled by alpha / r; None: by 1"})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "layers' own r"})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "layers' own alpha"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.alpha is not None and not 0 < self.alpha < torch.inf:
-            raise BadInput(f"SORSA needs a positive, finite alpha or None, got {self.alpha!r}")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if alpha is not None and not 0 < alpha < torch.inf:
+                raise BadInput(f"SORSA needs a positive, finite alpha or None, got {alpha!r}")
+
+    def for_sum(self, rank: int) -> "SorsaConfig":
+        return replace(self, r=rank, alpha=None, rank_pattern={}, alpha_pattern={})
 
     @classmethod
     def tuner(cls) -> type[AdapterModel]:
@@ -93,6 +100,13 @@ class Sorsa(Additive):
         left = torch.cat([moved, self.U0 * self.S0], dim=1)
         return left if self.c == 1.0 else self.c * left, torch.cat([self.Vt, self.Vt - self.Vt0])
 
+    def hold(self, left: Float[Tensor, "out k"], right: Float[Tensor, "k in"]) -> None:
+        """Become the change left @ right, from a start of zeros."""
+        for name in ("U", "S", "Vt", "U0", "S0", "Vt0"):
+            getattr(self, name).zero_()
+        k = len(right)
+        self.U[:, :k], self.S[:k], self.Vt[:k] = left, 1.0, right
+
     def delta(self) -> Float[Tensor, "out in"]:
         left, right = self.factors()
         return left @ right
@@ -119,6 +133,7 @@ class SorsaModel(AdapterModel):
     prefix = "pondera_sorsa_"
     tuner_layer_cls = SorsaLayer
     paper_name = "SORSA"
+    sums = ("svd", "cat")
 
 
 def orthonormality(model: nn.Module, *, squared: bool = False) -> Float[Tensor, ""]:

@@ -1,6 +1,6 @@
 """SVFT: a sparse matrix of coefficients between the weight's own singular vectors."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,9 @@ class SvftConfig(AdapterConfig):
     def tuner(cls) -> type[AdapterModel]:
         return SvftModel
 
+    def for_sum(self, rank: int) -> "SvftConfig":
+        return replace(self, start="zero")
+
 
 class Svft(Additive):
     """Trained: m. Saved beside it: where its entries lie (if drawn or chosen), and the signature of U and V."""
@@ -103,6 +106,19 @@ class Svft(Additive):
         self.register_buffer("U", U.to(weight), persistent=False)
         self.register_buffer("Vt", Vt.to(weight), persistent=False)
         self.register_buffer("signature", _signature(U, s, Vt).to(weight))
+
+    @staticmethod
+    def linear(parts: list[tuple[float, "Svft"]]) -> tuple[Float[Tensor, " k"], Int[Tensor, " k"]]:
+        """The weighted sum of coefficients between the same singular vectors, and their places."""
+        place = parts[0][1].place
+        if not all(torch.equal(core.place, place) for _, core in parts):
+            raise BadInput("SVFT adds up coefficients of the same places; these adapters have them at different ones")
+        return torch.stack([w * core.m for w, core in parts]).sum(0), place
+
+    def hold(self, m: Float[Tensor, " k"], place: Int[Tensor, " k"]) -> None:
+        """Become these coefficients."""
+        self.m.copy_(m)
+        self.place.copy_(place)
 
     def M(self) -> Float[Tensor, "n n"]:
         n = self.U.shape[1]
@@ -139,6 +155,7 @@ class SvftModel(AdapterModel):
     prefix = "pondera_svft_"
     tuner_layer_cls = SvftLayer
     paper_name = "SVFT"
+    sums = ("linear",)
 
 
 def signed_svd(

@@ -15,7 +15,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class TLoraConfig(AdapterConfig):
         r_min: components that are on even at pure noise; default r // 2 (the paper's setting throughout). `r_min` = r
             switches the mask off (Ortho-LoRA).
         mask_power: alpha in r(t); 1 in the paper.
+        rank_pattern: another r for some layers, by their names' endings or expressions, as in PEFT; their `r_min` has the same
+            share of it, rounded down.
         start: where P, s, Q come from. ``"ortho"`` (the paper's choice): triplets of a random Gaussian matrix with
             deviation 1/r. ``"weight"``: triplets of the layer's own weight. ``"lora"``: Q normal with deviation 1/r, P
             zero and no s, which masked is the paper's Vanilla T-LoRA, and the one it uses for FLUX.
@@ -82,6 +84,7 @@ class TLoraConfig(AdapterConfig):
     triplets: str = field(default="last", metadata={"help": "first, middle or last singular triplets"})
     num_timesteps: int = field(default=1000, metadata={"help": "T"})
     timestep_scale: float | None = field(default=None, metadata={"help": "t divided by what the denoiser is given"})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "layers' own r"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,6 +106,15 @@ class TLoraConfig(AdapterConfig):
     def tuner(cls) -> type[AdapterModel]:
         return TLoraModel
 
+    def at_layer(self, key: str) -> AdapterConfig:
+        own: Any = super().at_layer(key)
+        if own.r != self.r and isinstance(own.r, int):
+            own.r_min = max(own.r * (self.r_min or self.r) // self.r, 1)
+        return own
+
+    def for_sum(self, rank: int) -> "TLoraConfig":
+        return replace(self, r=rank, r_min=rank, start="lora", rank_pattern={})
+
 
 def active_rank(
     t: Float[Tensor, "*batch"], *, r: int, r_min: int, num_timesteps: int = 1000, power: float = 1.0
@@ -120,6 +132,8 @@ def active_rank(
 class Clock:
     """The timestep of the denoiser's present call, read from the call itself; shared by all its T-LoRA layers."""
 
+    asked = False  # whether a layer asked for its mask in the present call
+
     def __init__(self, model: nn.Module, scale: float | None) -> None:
         parameters = dict(inspect.signature(type(model).forward).parameters)
         names = [p for p in parameters if p != "self"]
@@ -135,7 +149,11 @@ class Clock:
         self.masks: dict[tuple[int, int, int, float], Tensor] = {}
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The hook before the denoiser's forward."""
+        """The hook before the denoiser's forward; where no layer asked since the last one, it looks whether any is left."""
+        if not self.asked and not torch.compiler.is_compiling() and not _has_layers(model):
+            self.leave(model)
+            return
+        self.asked = False
         given = kwargs.get(self.argument, self.default)
         if 0 <= self.position < len(args):
             given = args[self.position]
@@ -143,8 +161,15 @@ class Clock:
         times = None if given is None else _as_times(given)
         self.now = None if times is None else (1 - times if self.reversed else times) * self.scale
 
+    def leave(self, model: nn.Module) -> None:
+        """Take the hook off the model."""
+        for key in [key for key, hook in model._forward_pre_hooks.items() if hook is self]:
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
+
     def mask(self, core: "TLora", like: Tensor) -> Float[Tensor, "rows r"]:
         """The masks of the present call, one row a sample (or one for all), computed once a call."""
+        self.asked = True
         key = (core.r, core.r_min, core.num_timesteps, core.power)
         if key not in self.masks:
             t = self.fixed if self.fixed is not None else self.now
@@ -203,18 +228,50 @@ class TLora(Additive):
         )
 
     def _mask(self) -> Tensor:
+        P: Any = self._parameters["P"]
         if self.r_min == self.r:
-            return self.P.new_ones(1, self.r)
+            return P.new_ones(1, self.r)
         if self.clock is None:
             raise BadInput("this T-LoRA layer belongs to no denoiser; run under pondera.adapters.at_timestep(model, t)")
-        return self.clock.mask(self, self.P)
+        return self.clock.mask(self, P)
+
+    @property
+    def per_sample(self) -> bool:  # type: ignore[override]
+        return len(self._mask()) > 1
+
+    def factors(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
+        """Those of the change with all components on."""
+        down, middle, up = self._factors(self.P.new_ones(1, self.r))
+        return up * middle, down
+
+    def hold(self, left: Float[Tensor, "out k"], right: Float[Tensor, "k in"]) -> None:
+        """Become the change left @ right."""
+        self.P.zero_()
+        self.Q.zero_()
+        self.P[:, : len(right)], self.Q[: len(right)] = left, right
+
+    def _halfway(self, x: Float[Tensor, "*batch in"]) -> tuple[Float[Tensor, "*batch k"], Float[Tensor, "out k"]]:
+        """The product up to P, and P with s worked in: it has fewer numbers than the activations, so it takes the mask."""
+        mask = self._mask()
+        p: Any = self._parameters  # `self.Q` and the like search three tables each, which shows in a step
+        start: Any = self._buffers
+        one = len(mask) == 1
+        if self.plain:
+            z = F.linear(x, p["Q"])
+            return (z, p["P"] * mask) if one else (z * _for_batch(mask, x), p["P"])
+        s, s0 = (p["s"] * mask[0], start["s0"] * -mask[0]) if one else (p["s"], -start["s0"])
+        z = F.linear(x, torch.cat([p["Q"], start["Q0"]]))
+        up = torch.cat([p["P"] * s, start["P0"] * s0], dim=1)
+        return (z, up) if one else (z * _for_batch(mask.repeat(1, 2), x), up)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        mask = self._mask()
-        down, middle, up = self._factors(mask)
-        if len(middle) > 1:
-            middle = _for_batch(middle, x)
-        return F.linear(F.linear(x, down) * middle, up)
+        return F.linear(*self._halfway(x))
+
+    def onto(self, result: Float[Tensor, "*batch out"], x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        z, up = self._halfway(x)
+        if not result.dtype == z.dtype == up.dtype:
+            return result + F.linear(z, up).to(result.dtype)
+        return torch.addmm(result.reshape(-1, len(up)), z.reshape(-1, z.shape[-1]), up.T).view(result.shape)
 
     def delta(self) -> Float[Tensor, "out in"]:
         if self.r_min != self.r and (self.clock is None or self.clock.fixed is None):
@@ -242,6 +299,16 @@ class TLoraModel(AdapterModel):
     prefix = "pondera_t_lora_"
     tuner_layer_cls = TLoraLayer
     paper_name = "T-LoRA"
+    sums = ("svd", "cat")
+
+    def _require_sum(self, adapters: list[str], *rest: Any) -> None:
+        super()._require_sum(adapters, *rest)
+        configs: Any = self.peft_config
+        if masked := [a for a in adapters if configs[a].r_min != configs[a].r]:
+            raise BadInput(
+                f"add_weighted_adapter cannot add up T-LoRAs with a mask, as {masked[0]!r} has: at another timestep the sum is "
+                "another; take pondera.adapters.plain_lora at one timestep and add those"
+            )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -262,11 +329,23 @@ class TLoraModel(AdapterModel):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
-        for key, hook in list(model._forward_pre_hooks.items()):
-            if isinstance(hook, Clock):
-                del model._forward_pre_hooks[key]
-                model._forward_pre_hooks_with_kwargs.pop(key, None)
+        _stop_clocks(model)
         return model
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        if not _has_layers(self.model):
+            _stop_clocks(self.model)
+
+
+def _has_layers(model: nn.Module) -> bool:
+    return any(isinstance(module, TLora) for module in model.modules())
+
+
+def _stop_clocks(model: nn.Module) -> None:
+    for hook in list(model._forward_pre_hooks.values()):
+        if isinstance(hook, Clock):
+            hook.leave(model)
 
 
 def clock_of(model: nn.Module) -> Clock | None:
