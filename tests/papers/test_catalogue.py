@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from pondera._sources import evidence_folder
 from pondera.errors import BadInput
 from pondera.papers import catalogue, instead, paper, replications, status, to_reproduce
 from pondera.replications import evidence, keys, room
-from pondera.replications._claims import evidence_folder
 
 ROOMS = ("init", "parametrize", "nn", "penalties", "optim", "probe", "adapters", "merge")
 
