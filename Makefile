@@ -38,8 +38,8 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.test  ## ours, peer, ratio
-	$(BIN)/python -m benchmarks
+bench: $(VENV)/.test  ## ours, peer, ratio; make bench QUICK=1: fewer and smaller cases, nothing recorded
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
 
 replicate: $(VENV)/.test  ## re-run the papers' claims and record them: make replicate KEY=lsuv
 	$(BIN)/pondera reproduce $(or $(KEY),--all) --sham --save evidence

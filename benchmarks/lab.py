@@ -87,10 +87,13 @@ def bookkeeping(recipes: int) -> tuple[float, float]:
     return (whole - spent[0]) / n, spent[0] / n
 
 
-def run() -> list[dict[str, Any]]:
+def run(quick: bool = False) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     task = load_task("digits")
-    specs = [RunSpec(task.name, task.path, task.source, Recipe(), 0.01, s, 300, 300, "final") for s in range(12)]
+    specs = [
+        RunSpec(task.name, task.path, task.source, Recipe(), 0.01, s, 300, 300, "final")
+        for s in range(3 if quick else 12)
+    ]
     lab_run(specs[0])
     bare(specs[0])
     times: list[tuple[float, float]] = []
@@ -110,7 +113,7 @@ def run() -> list[dict[str, Any]]:
     for name, given, seeds, budget in (
         ("two processes", RECIPES, 6, None),
         ("two processes, tiny work", ["", "salt=1"], 2, 10),
-    ):
+    )[1 if quick else 0 :]:
         spans = {}
         for workers in (1, 2):
             began = time.perf_counter()

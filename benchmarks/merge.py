@@ -46,18 +46,18 @@ def layer(i: int) -> dict[str, tuple[int, ...]]:
     return square | mlp | {f"{at}mlp.down_proj.weight": (WIDTH, INNER)} | norms
 
 
-def write_models(folder: Path) -> int:
+def write_models(folder: Path, layers: int) -> int:
     """A Llama in float16 and two that moved away from it, each in shards; the bytes of one."""
     ends = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
     groups = [ends | {"lm_head.weight": (VOCABULARY, WIDTH)}]
-    for first in range(0, LAYERS, LAYERS_A_SHARD):
-        some = range(first, min(first + LAYERS_A_SHARD, LAYERS))
+    for first in range(0, layers, LAYERS_A_SHARD):
+        some = range(first, min(first + LAYERS_A_SHARD, layers))
         groups.append({name: shape for i in some for name, shape in layer(i).items()})
     g = torch.Generator().manual_seed(0)
     noise = [torch.randn(VOCABULARY * WIDTH, generator=g).mul_(0.02).half() for _ in range(3)]
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": VOCABULARY,
+        "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": VOCABULARY,
         "tie_word_embeddings": False, "torch_dtype": "float16",
     }  # fmt: skip
     for k, model in enumerate(MODELS):
@@ -104,17 +104,17 @@ def recipe(method: str, folder: Path) -> str:
     return f"merge_method: {method}\n{base}dtype: float16\nmodels:\n" + "\n".join(models) + "\n"
 
 
-def run() -> list[dict[str, Any]]:
+def run(quick: bool = False) -> list[dict[str, Any]]:
     kit = os.environ.get("MERGEKIT") or shutil.which("mergekit-yaml")
     if kit is None:
         print("merge: mergekit is not installed here (see MERGEKIT), so its rows are left out")
-    rows = []
+    rows, repeats = [], 1 if quick else REPEATS
     with TemporaryDirectory() as name:
         folder = Path(name)
         if shutil.disk_usage(folder).free < 12e9:
             print(f"merge: {folder} has less than the 12 GB this needs")
             return []
-        size = write_models(folder)
+        size = write_models(folder, 4 if quick else LAYERS)
         paths = [str(folder / m) for m in MODELS]
 
         def once(kind: str, text: str) -> tuple[float, float]:
@@ -135,10 +135,10 @@ def run() -> list[dict[str, Any]]:
             stock = ("mergekit", recipe("model_stock", folder))
             pairs.append(("Model Stock of two", "model_stock_files", "mergekit model_stock", stock, "stock"))
         for what, ours, peer, (kind, text), which in pairs:
-            runs = [(once("ours", OURS[which]), once(kind, text)) for _ in range(REPEATS)]
+            runs = [(once("ours", OURS[which]), once(kind, text)) for _ in range(repeats)]
             models = [folder / m for m in MODELS]
             gap = compare(which, models, folder / "out" / "ours", folder / "out" / kind)
-            (a, a_peak), (b, b_peak) = ([sorted(r[i][k] for r in runs)[REPEATS // 2] for k in (0, 1)] for i in (0, 1))
+            (a, a_peak), (b, b_peak) = ([sorted(r[i][k] for r in runs)[repeats // 2] for k in (0, 1)] for i in (0, 1))
             memory = (
                 f"peak memory {a_peak / 2**20:.0f} MiB against {b_peak / 2**20:.0f} MiB, ratio {a_peak / b_peak:.3f}"
             )

@@ -61,10 +61,12 @@ def case(name: str, outputs: int) -> tuple[nn.Module, Tensor]:
     return build(width, outputs), torch.randn(n, *shape)
 
 
-def run() -> list[dict[str, Any]]:
+def run(quick: bool = False) -> list[dict[str, Any]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        if quick:
+            return [compared(ours, peer, "mlp", 10) for ours, peer in (("pseudo_ntk", "ntk"), ("ntk", "plain"))]
         rows, ratios = [], {}
         for outputs in (10, 100):
             rows.append(compared("pseudo_ntk", "ntk", "mlp", outputs))

@@ -41,13 +41,17 @@ PAIRS: dict[str, tuple[Make, str, Make, str]] = {
 }
 
 
-def run() -> list[dict[str, Any]]:
+def run(quick: bool = False) -> list[dict[str, Any]]:
     """One row a method and matrix size, then the fitted exponents of the cost in matrix entries."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rows = [compared(name, *pair, n) for name, pair in PAIRS.items() for n in sizes_of(pair[0], SIZES)]
-        return [*rows, *growth()]
+        rows = [
+            compared(name, *pair, n)
+            for name, pair in PAIRS.items()
+            for n in sizes_of(pair[0], SIZES)[: 1 if quick else None]
+        ]
+        return rows if quick else [*rows, *growth()]
     finally:
         torch.set_num_threads(threads)
 

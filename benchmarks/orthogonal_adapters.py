@@ -74,13 +74,14 @@ def exponent(widths: tuple[int, ...], times: list[float]) -> float:
     return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
-def run() -> list[dict[str, Any]]:
+def run(quick: bool = False) -> list[dict[str, Any]]:
     warnings.filterwarnings("ignore", module="peft")
     rows = []
-    for tokens in TOKENS:
+    widths, counts = (WIDTHS[:2], TOKENS[:1]) if quick else (WIDTHS, TOKENS)
+    for tokens in counts:
         for name, our_name, our, peer_name, peer in PAIRS:
             times: dict[str, list[float]] = {"ours": [], "peer": []}
-            for width in WIDTHS:
+            for width in widths:
                 (ours, our_count), (other, peer_count) = our(width, tokens), peer(width, tokens)
                 took = seconds({"ours": ours, "peer": other}, REPEATS if width * tokens < 2**21 else 2)
                 held = {"ours": peak_bytes(ours), "peer": peak_bytes(other)}
@@ -102,7 +103,7 @@ def run() -> list[dict[str, Any]]:
                     }
                 )
                 gc.collect()
-            slopes = {side: exponent(WIDTHS, values) for side, values in times.items()}
+            slopes = {side: exponent(widths, values) for side, values in times.items()}
             rows[-1]["note"] += f"; time grows as width^{slopes['ours']:.2f} against width^{slopes['peer']:.2f}"
     return rows
 

@@ -23,9 +23,9 @@ class Spec:
         return {"recipe": "init=lsuv", "rate": 0.01, "seed": 3, "steps": 300}
 
 
-def ours(folder: Path) -> list[float]:
+def ours(folder: Path, runs: int) -> list[float]:
     kept, times = Store(folder / "ours.db"), []
-    for i in range(RUNS):
+    for i in range(runs):
         spec, began = Spec(f"{i:032}"), time.perf_counter()
         assert kept.claim(spec)
         kept.finish(spec, RESULT)
@@ -34,11 +34,11 @@ def ours(folder: Path) -> list[float]:
     return times
 
 
-def bare(folder: Path) -> list[float]:
+def bare(folder: Path, runs: int) -> list[float]:
     """An insert and an update, each committed to the disk as SQLite does by default."""
     c, times = sqlite3.connect(folder / "bare.db"), []
     c.execute("create table runs (key text primary key, facts text, owner text, beat real, result text)")
-    for i in range(RUNS):
+    for i in range(runs):
         began = time.perf_counter()
         with c:
             c.execute("insert into runs values (?, ?, 'me', 0.0, null)", (f"{i:032}", json.dumps(Spec("").facts())))
@@ -49,9 +49,10 @@ def bare(folder: Path) -> list[float]:
     return times
 
 
-def run() -> list[dict[str, Any]]:
+def run(quick: bool = False) -> list[dict[str, Any]]:
+    runs = 50 if quick else RUNS
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:  # a disk: the place for temporary files may be memory
-        a, b = (sorted(f(Path(folder)))[RUNS // 2] for f in (ours, bare))
+        a, b = (sorted(f(Path(folder), runs))[runs // 2] for f in (ours, bare))
     return [
         {
             "name": "claim and end of one run",

@@ -40,26 +40,26 @@ class Trainer:
             self.optimizer.step()
 
 
-def run() -> list[dict[str, Any]]:
+def run(quick: bool = False) -> list[dict[str, Any]]:
     from peft import LoraConfig
 
     from pondera.adapters import TLoraConfig
 
     peer = Trainer(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
-    rows = []
+    rows, rounds = [], 3 if quick else ROUNDS
     for name, config in (
         ("T-LoRA", TLoraConfig(r=RANK, target_modules=TARGETS)),
         ("masked LoRA", TLoraConfig(r=RANK, start="lora", target_modules=TARGETS)),
     ):
         ours = Trainer(config)
         seconds: dict[str, list[float]] = {"ours": [], "peer": []}
-        for warm in range(ROUNDS + 2):
+        for warm in range(rounds + 2):
             for side, step in (("ours", ours), ("peer", peer)):
                 began = time.perf_counter()
                 step()
                 if warm >= 2:
                     seconds[side].append((time.perf_counter() - began) / STEPS)
-        mine, theirs = (sorted(seconds[side])[ROUNDS // 2] for side in ("ours", "peer"))
+        mine, theirs = (sorted(seconds[side])[rounds // 2] for side in ("ours", "peer"))
         rows.append(
             {
                 "name": f"{name}: one training step, r {RANK}",

@@ -1,7 +1,8 @@
-"""What it costs to match two networks by weights, beside git-re-basin at the same end: same start, same visiting orders.
+"""What it costs to match two networks by weights, beside a plain NumPy loop and git-re-basin: same start, same orders.
 
-The peer runs where GIT_RE_BASIN_PYTHON names a Python with jax and scipy and GIT_RE_BASIN the folder `src` of a checkout of
-samuela/git-re-basin. Elsewhere a naive loop of our own takes its place, which permutes every tensor anew at every visit.
+The loop permutes and multiplies every tensor anew at every visit, in float32. git-re-basin runs where GIT_RE_BASIN_PYTHON
+names a Python with jax and scipy and GIT_RE_BASIN the folder `src` of a checkout of samuela/git-re-basin; elsewhere its
+recorded rows stay. All on one thread, in turn; the ratio is the median of neighbours'.
 """
 
 import json
@@ -9,31 +10,38 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
 from scipy.optimize import linear_sum_assignment
+from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 
 from pondera._permute import PermutationSpec, trace_permutations
 from pondera.merge.weight_matching import weight_matching
 
-REPEATS, MAX_ITER, SEED = 3, 100, 0
+REPEATS, MAX_ITER, SEED = {"loop": 15, "git-re-basin": 5}, 100, 0
+LOOP, RE_BASIN = "a plain loop (NumPy, float32)", "git-re-basin (jax, float32)"
 
 # runs the peer once to compile, once to be timed; its random orders are replaced by those given
 PEER = """
-import json, sys, time, types
+import json, os, sys, time, types
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before jax counts them: one thread, as ours
 import numpy as np
 folder, source = sys.argv[1:]
 sys.path.insert(0, source)
 sys.modules["utils"] = types.SimpleNamespace(rngmix=lambda rng, x: rng)  # its own needs flax
 import weight_matching as peer
-import jax.numpy as jnp
+import jax, jax.numpy as jnp
 task = json.load(open(f"{folder}/task.json"))
 spec = peer.permutation_spec_from_axes_to_perm({k: tuple(v) for k, v in task["axes"].items()})
 a, b = ({k: jnp.asarray(v) for k, v in np.load(f"{folder}/{name}.npz").items()} for name in "ab")
@@ -44,7 +52,7 @@ for _ in range(2):
     found = peer.weight_matching(None, spec, a, b, max_iter=task["max_iter"], silent=True)
     found = {p: np.asarray(v).tolist() for p, v in found.items()}
     took = time.perf_counter() - began
-print(json.dumps({"seconds": took, "permutations": found}))
+print(json.dumps({"seconds": took, "permutations": found, "jax": jax.__version__}))
 """
 
 
@@ -77,6 +85,13 @@ def mlp() -> nn.Module:
     return nn.Sequential(*(m for layer in layers for m in (layer, nn.ReLU())))
 
 
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "MLPs, 3 x 512": (mlp, (1, 784)),
+    "residual nets, 19 convolutions of 32 to 128": (resnet, (1, 3, 8, 8)),
+}
+Found = tuple[float, dict[str, np.ndarray], str]  # seconds, permutations, versions
+
+
 def orders(n: int) -> list[list[int]]:
     """The visiting orders that a generator of this seed gives."""
     g = torch.Generator().manual_seed(SEED)
@@ -106,12 +121,14 @@ def naive(spec: PermutationSpec, a: dict[str, np.ndarray], b: dict[str, np.ndarr
     return perms
 
 
-def peer(spec: PermutationSpec, a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> tuple[float, dict[str, Any]]:
-    python, source = os.environ.get("GIT_RE_BASIN_PYTHON"), os.environ.get("GIT_RE_BASIN")
-    if not (python and source):
-        began = time.perf_counter()
-        found = naive(spec, a, b)
-        return time.perf_counter() - began, found
+def run_naive(spec: PermutationSpec, a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> Found:
+    began = time.perf_counter()
+    found = naive(spec, a, b)
+    return time.perf_counter() - began, found, f"NumPy {np.__version__}, SciPy {scipy.__version__}"
+
+
+def run_re_basin(spec: PermutationSpec, a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> Found:
+    python, source = os.environ["GIT_RE_BASIN_PYTHON"], os.environ["GIT_RE_BASIN"]
     with TemporaryDirectory() as folder:
         task = {"axes": spec.axes, "orders": orders(len(spec.places)), "max_iter": MAX_ITER}
         Path(folder, "task.json").write_text(json.dumps(task))
@@ -119,40 +136,55 @@ def peer(spec: PermutationSpec, a: dict[str, np.ndarray], b: dict[str, np.ndarra
             np.savez(Path(folder, f"{name}.npz"), **state)
         said = subprocess.run([python, "-c", PEER, folder, source], check=True, capture_output=True, text=True).stdout
     result = json.loads(said.splitlines()[-1])
-    return result["seconds"], {p: np.array(v) for p, v in result["permutations"].items()}
+    digest = sha256(Path(source, "weight_matching.py").read_bytes()).hexdigest()[:7]
+    permutations = {p: np.array(v) for p, v in result["permutations"].items()}
+    return result["seconds"], permutations, f"its weight_matching.py of SHA-256 {digest}, jax {result['jax']}"
 
 
-def run() -> Iterator[dict[str, Any]]:
-    real = "GIT_RE_BASIN" in os.environ and "GIT_RE_BASIN_PYTHON" in os.environ
-    cases: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
-        "match two MLPs, 3 x 512": (mlp, torch.zeros(1, 784)),
-        "match two residual nets, 19 convolutions of 32 to 128": (resnet, torch.rand(1, 3, 8, 8)),
+def run(quick: bool = False) -> Iterator[dict[str, Any]]:
+    peers = {"loop": (LOOP, run_naive)}
+    if "GIT_RE_BASIN" in os.environ and "GIT_RE_BASIN_PYTHON" in os.environ:
+        peers["git-re-basin"] = (RE_BASIN, run_re_basin)
+    else:
+        print("weight_matching: git-re-basin is not here (see GIT_RE_BASIN), so its rows are left out")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            for kind, (name, run_peer) in peers.items():
+                for case in CASES:
+                    yield compared(case, name, run_peer, 1 if quick else REPEATS[kind])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def compared(case: str, name: str, peer: Callable[..., Found], repeats: int) -> dict[str, Any]:
+    build, shape = CASES[case]
+    torch.manual_seed(SEED)
+    nets = build(), build()
+    spec = trace_permutations(nets[0], torch.randn(shape))
+    states = [{k: v.clone() for k, v in net.state_dict().items()} for net in nets]
+    arrays = [{k: v.numpy() for k, v in s.items()} for s in states]
+    times: list[tuple[float, float]] = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        ours = weight_matching(*states, spec, generator=torch.Generator().manual_seed(SEED), max_iter=MAX_ITER)
+        took = time.perf_counter() - began
+        seconds, theirs, version = peer(spec, *arrays)
+        times.append((took, seconds))
+    times = times[1:]  # the first warms up
+    alike = sum(int((ours.permutations[p].numpy() == theirs[p]).sum()) for p in theirs)
+    units = sum(len(p) for p in theirs.values())
+    return {
+        "name": f"match two {case}",
+        "ours": "weight_matching (float64)",
+        "peer": name,
+        "version": version,
+        "seconds_ours": median(a for a, _ in times),
+        "seconds_peer": median(b for _, b in times),
+        "ratio": median(a / b for a, b in times),
+        "note": f"{len(ours.history) - 1} passes; {alike / units:.1%} of {units} units placed alike",
     }
-    for name, (build, example) in cases.items():
-        torch.manual_seed(SEED)
-        nets = build(), build()
-        spec = trace_permutations(nets[0], example.normal_())
-        states = [{k: v.clone() for k, v in net.state_dict().items()} for net in nets]
-        arrays = [{k: v.numpy() for k, v in s.items()} for s in states]
-        times: dict[str, list[float]] = {"ours": [], "peer": []}
-        for _ in range(REPEATS):
-            began = time.perf_counter()
-            ours = weight_matching(*states, spec, generator=torch.Generator().manual_seed(SEED), max_iter=MAX_ITER)
-            times["ours"].append(time.perf_counter() - began)
-            seconds, theirs = peer(spec, *arrays)
-            times["peer"].append(seconds)
-        equal = sum(float((ours.permutations[p].numpy() == theirs[p]).sum()) for p in theirs)
-        ours_s, peer_s = (sorted(t)[REPEATS // 2] for t in times.values())
-        units = sum(len(p) for p in theirs.values())
-        yield {
-            "name": name,
-            "ours": "weight_matching (float64)",
-            "peer": "git-re-basin (float32, jax)" if real else "a naive loop of our own (float32, NumPy)",
-            "seconds_ours": ours_s,
-            "seconds_peer": peer_s,
-            "ratio": ours_s / peer_s,
-            "note": f"{len(ours.history) - 1} passes; {equal / units:.1%} of {units} units placed alike",
-        }
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pondera.errors import BadInput, describe, require_finite, require_float
+from pondera.errors import BadInput, all_finite, describe, require_finite, require_float
 
 Eps: TypeAlias = "float | Tensor"
 Clip: TypeAlias = "tuple[float | Tensor, float | Tensor] | None"
@@ -416,7 +416,7 @@ def class_differences(out: Tensor, labels: Tensor, who: str) -> Float[Tensor, "b
 
 def _require_finite_bounds(bound: Tensor, who: str) -> Tensor:
     require_float(bound, who, "bound")
-    if not torch.isfinite(bound).all():
+    if not all_finite(bound):
         raise BadInput(
             f"{who} got bounds that are not finite: weights with NaN or infinity, or bounds that overflow {bound.dtype}"
         )

@@ -6,6 +6,7 @@ their errors without it.
 
 import difflib
 import importlib.util
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -174,10 +175,48 @@ def require_matrix(x: "Tensor", who: str, what: str = "weight") -> "Tensor":
 
 def require_finite(x: "Tensor", who: str, what: str) -> "Tensor":
     """Like `require_float`, and no NaN or infinity in it."""
-    import torch
-
-    require_float(x, who, what)
-    bad = int((~torch.isfinite(x)).sum())
-    if bad:
+    if bad := not_finite(require_float(x, who, what)):
         raise BadInput(f"{who} needs finite numbers, got {bad} NaN or infinite of {x.numel()} in its {what}")
     return x
+
+
+def all_finite(x: "Tensor") -> bool:
+    """Whether no entry is NaN or infinite; always so for integers and truth values.
+
+    A NaN or an infinity shows in the sum, at the cost of one reading. A sum may also overflow by itself: then the
+    extremes say. Asking each entry costs up to fifty times as much, and a copy.
+
+    >>> import torch
+    >>> all_finite(torch.tensor([3e38, 3e38])), all_finite(torch.tensor([1.0, torch.nan]))
+    (True, False)
+    """
+    import torch
+
+    if not (x.is_floating_point() or x.is_complex()):
+        return True
+    if x.layout != torch.strided:
+        return bool(torch.isfinite(x).all())
+    x = _parts(x)
+    return math.isfinite(x.sum()) or all(math.isfinite(end) for end in x.aminmax())
+
+
+def not_finite(x: "Tensor") -> int:
+    """How many entries are NaN or infinite.
+
+    >>> import torch
+    >>> not_finite(torch.tensor([1.0, torch.nan, torch.inf]))
+    2
+    """
+    import torch
+
+    return 0 if all_finite(x) else int((~torch.isfinite(x.float() if x.element_size() == 1 else x)).sum())
+
+
+def _parts(x: "Tensor") -> "Tensor":
+    """A tensor as real numbers that can be summed: no gradient, complex ones in their parts, 8-bit ones in float32."""
+    import torch
+
+    x = x.detach()
+    if x.is_complex():
+        return torch.view_as_real(x.resolve_conj())
+    return x.float() if x.element_size() == 1 else x

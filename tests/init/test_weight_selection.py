@@ -434,7 +434,7 @@ from pathlib import Path
 from pondera.init import _select_file
 folder = Path(sys.argv[1])
 _select_file.select_file(folder / "small.safetensors", folder / "small.safetensors", folder / "warm.safetensors")
-_select_file.CHUNK = 2**21
+_select_file.CHUNK = 2**20
 def memory(which):  # ru_maxrss would carry over the peak of the process that started this one
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(which))
@@ -466,7 +466,7 @@ def layers_of(size, n=12):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the system does not tell a process its peak")
 def test_memory_stays_below_the_largest_tensor(tmp_path):
-    # 12 tensors of 8 MiB (96 MiB) to 12 of 4 MiB (48 MiB), 2 MiB at a time
+    # 12 tensors of 8 MiB (96 MiB) to 12 of 4 MiB (48 MiB), 1 MiB at a time
     save_file(layers_of((2048, 1024)), tmp_path / "big.safetensors")
     save_file(layers_of((1024, 1024)), tmp_path / "small.safetensors")
     run = stream(tmp_path, "run")

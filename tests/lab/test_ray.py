@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pondera.errors import BadInput
+from pondera.lab.execute import _require_listening
 from pondera.lab.store import Store
 
 from .conftest import table_of
@@ -172,3 +174,18 @@ def test_no_cluster_is_one_sentence(command):
     _, err = process.communicate(timeout=240)
     assert process.returncode == 2
     assert "no Ray cluster answers at '127.0.0.1:1'" in err.strip().splitlines()[-1]
+
+
+def test_a_cluster_that_is_gone_is_said_at_once(tmp_path, monkeypatch):
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1\n")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(BadInput, match="no Ray cluster answers at 'auto', which was 127.0.0.1:1"):
+        _require_listening("auto")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:2")
+    with pytest.raises(BadInput, match="which was 127.0.0.1:2"):
+        _require_listening("auto")
+    monkeypatch.delenv("RAY_ADDRESS")
+    (tmp_path / "ray" / "ray_current_cluster").unlink()
+    _require_listening("auto")  # nothing known: ray says so itself, at once

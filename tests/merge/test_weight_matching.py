@@ -4,6 +4,7 @@ from itertools import pairwise, permutations, product
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn import functional as F
 
@@ -11,6 +12,8 @@ from pondera._permute import PermutationSpec, apply_permutation, random_permutat
 from pondera.errors import BadInput
 from pondera.merge.barrier import barrier, reset_norms_
 from pondera.merge.weight_matching import (
+    _Products,
+    _Wide,
     match_many,
     singular_alignment,
     straight_through_matching,
@@ -240,6 +243,88 @@ def test_summary_says_what_happened():
     words = weight_matching(a, b, spec).summary()
     assert "of 6 units in 1 permutations moved" in words and "a local optimum" in words
     assert "not yet" in weight_matching(*mlp_pair((5, 12, 12, 12, 3), 1)[1:], mlp_spec(4), max_iter=1).summary()
+
+
+def test_products_follow_whatever_has_moved():
+    """Against all of them taken anew, and these against what reordering does to the objective."""
+    axes = {"w": ("p", "q", "r"), "v": ((("p", 4), ("s", 3)), "q"), "b": ("p",), "c": ("p",), "x": ("q", None)}
+    axes |= {"u": (((("p", 4), (None, 3)), (("p", 4), ("s", 3))), "r"), "running_mean": ("p",), "t": ("s", None)}
+    spec = PermutationSpec(axes)
+    shapes = {"w": (4, 5, 6), "v": (12, 5), "b": (4,), "c": (4,), "x": (5, 40), "u": (24, 6), "running_mean": (4,)}
+    a, b = pair(shapes | {"t": (3, 20)}, 3)
+    sizes = spec.sizes(a)
+
+    def products(p, keep=True):
+        made = _Products(spec, a, b, p, sizes[p], (_Wide(), _Wide(), _Wide()))
+        assert made.keep
+        made.keep = keep
+        return made
+
+    kept, anew = {p: products(p) for p in sizes}, {p: products(p, keep=False) for p in sizes}
+    g, perms, moved = generator(), {}, None
+    for step in range(12):
+        q = list(sizes)[step % len(sizes)]
+        for p in sizes:
+            assert kept[p].moved(perms) == (step == 0 or moved in kept[p].beside)
+            A, fresh = kept[p].at(perms), products(p).at(perms)
+            assert torch.allclose(A, fresh, rtol=0, atol=1e-12) and torch.equal(anew[p].at(perms), fresh)
+            assert not kept[p].moved(perms)
+            one, other = (random_permutations({p: sizes[p]}, g) for _ in "ab")
+            apart = sum(A[i, one[p][i]] - A[i, other[p][i]] for i in range(sizes[p]))
+            ends = [counted(spec, a, apply_permutation(spec, {**perms, **x}, b)) for x in (one, other)]
+            ends = [end - float(a["running_mean"] @ b["running_mean"][x.get("p", perms.get("p", torch.arange(4)))])
+                    for end, x in zip(ends, (one, other))]  # fmt: skip
+            assert float(apart) == pytest.approx(ends[0] - ends[1], abs=1e-10)
+        moved, perms[q] = q, torch.randperm(sizes[q], generator=g)
+
+
+@pytest.mark.parametrize("widths", [(30, 12, 12, 12, 3), (2, 12, 12, 2)])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_same_end_as_a_loop_that_reorders_everything_at_every_visit(widths, seed):
+    """Wide layers keep their products, narrow inputs do not."""
+    spec, a, b = mlp_pair(widths, seed)
+    names = list(spec.places)
+    perms = {p: torch.arange(12) for p in names}
+    g, history = generator(seed), [counted(spec, a, b)]
+    while len(history) < 3 or history[-1] > history[-2] + 1e-9:
+        for p in (names[i] for i in torch.randperm(len(names), generator=g).tolist()):
+            now = apply_permutation(spec, {q: o for q, o in perms.items() if q != p}, b)
+            A = sum(a[q.tensor].movedim(q.axis, 0).reshape(12, -1) @ now[q.tensor].movedim(q.axis, 0).reshape(12, -1).T
+                    for q in spec.places[p])  # fmt: skip
+            perms[p] = torch.from_numpy(linear_sum_assignment(A.numpy(), maximize=True)[1])
+        history.append(counted(spec, a, apply_permutation(spec, perms, b)))
+    found = weight_matching(a, b, spec, generator=generator(seed))
+    assert all(torch.equal(found.permutations[p], perms[p]) for p in names)
+    assert found.history == pytest.approx(history[: len(found.history)], rel=1e-12)
+
+
+def test_the_objective_leaves_out_what_nothing_reorders():
+    spec, a, b = mlp_pair((3, 6, 2), 0)
+    a["1.bias"], b["1.bias"] = torch.full((2,), 1e6, dtype=torch.float64), torch.full((2,), 1e6, dtype=torch.float64)
+    found = weight_matching(a, b, spec)
+    assert found.history[0] == pytest.approx(counted(spec, a, b), rel=1e-12)
+    assert found.history[-1] == pytest.approx(counted(spec, a, found.state), rel=1e-12)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-12, 1e-6, 1.0])
+def test_distances_are_right_however_near_the_networks_lie(noise):
+    spec, a, _ = mlp_pair((4, 9, 8, 2), 3)
+    b = {k: v + noise * torch.randn(v.shape, dtype=torch.float64) for k, v in a.items()}
+    b = apply_permutation(spec, random_permutations({"P0": 9, "P1": 8}, generator()), b)
+    a, b = ({**s, "n": torch.tensor([3, 4])} for s in (a, b))
+    spec = PermutationSpec({**spec.axes, "n": (None,)})
+    found = weight_matching(a, b, spec, restarts=4, generator=generator())
+    for now, distance in zip((b, found.state), found.distance):
+        exact = sum(float((a[k] - now[k]).square().sum()) for k in a) ** 0.5
+        assert distance == pytest.approx(exact, rel=1e-9, abs=0)
+
+
+def test_integers_that_are_reordered_count_in_the_match_and_not_in_the_distance():
+    a = {"w": torch.tensor([[1.0], [2.0]]), "i": torch.tensor([5, 50])}
+    b = {"w": torch.tensor([[1.5], [1.0]]), "i": torch.tensor([50, 5])}
+    found = weight_matching(a, b, PermutationSpec({"w": ("p", None), "i": ("p",)}))
+    assert found.permutations["p"].tolist() == [1, 0] and found.history[-1] == 1 + 3 + 25 + 2500
+    assert found.distance == pytest.approx((1.25**0.5, 0.5))
 
 
 # -- refused ----------------------------------------------------------------------------------------------------------

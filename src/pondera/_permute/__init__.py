@@ -4,24 +4,30 @@ Imports point one way: `labels` below `rules`, both and `spec` below `trace`.
 """
 
 from pondera._permute.spec import (
+    Axis,
     Permutations,
     PermutationSpec,
     Place,
     State,
     apply_permutation,
     identities,
+    index_of,
+    names_of,
     random_permutations,
     reorder,
 )
 from pondera._permute.trace import trace_permutations
 
 __all__ = [
+    "Axis",
     "PermutationSpec",
     "Permutations",
     "Place",
     "State",
     "apply_permutation",
     "identities",
+    "index_of",
+    "names_of",
     "random_permutations",
     "reorder",
     "trace_permutations",

@@ -190,16 +190,22 @@ def apply_permutation(spec: PermutationSpec, permutations: Permutations, state: 
 def reorder(x: Tensor, entries: tuple[Axis, ...], permutations: Permutations) -> Tensor:
     """One tensor with the given permutations applied to the axes they stand on."""
     for axis, entry in enumerate(entries):
-        names = {entry} if isinstance(entry, str) else {name for row in entry or () for name, _ in row}
-        if names & permutations.keys():
-            x = x.index_select(axis, _index(entry, permutations).to(x.device))
+        if names_of(entry) & permutations.keys():
+            x = x.index_select(axis, index_of(entry, permutations).to(x.device))
     return x
 
 
-def _index(entry: Axis, permutations: Permutations) -> Int[Tensor, "n"]:
-    """Where the entries of a reordered axis come from."""
+def names_of(entry: Axis) -> set[str]:
+    """The permutations that stand on an axis."""
     if isinstance(entry, str):
-        return permutations[entry].cpu()
+        return {entry}
+    return {name for row in entry or () for name, _ in row if name is not None}
+
+
+def index_of(entry: Axis, permutations: Permutations, size: int | None = None) -> Int[Tensor, "n"]:
+    """Where the entries of a reordered axis come from. size: of an axis whose only permutation may be left out."""
+    if isinstance(entry, str):
+        return permutations[entry].cpu() if entry in permutations or size is None else torch.arange(size)
     parts, start = [], 0
     for row in entry or ():
         index = torch.zeros(1, dtype=torch.long)

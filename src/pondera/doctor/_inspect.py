@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from pondera._words import listed
@@ -30,7 +29,7 @@ from pondera.doctor._faults import Fault, Start, advised, guessed, judged
 from pondera.doctor._ranking import Ranking
 from pondera.doctor._spectra import examples, jacobian
 from pondera.doctor._spectra import tangent as tangent_kernel
-from pondera.errors import BadInput, describe, nearest
+from pondera.errors import BadInput, describe, nearest, not_finite
 from pondera.probe._signal import Layer, Loss, measure_lent, sites
 from pondera.probe._untouched import arguments, require_model, untouched
 from pondera.probe.initial_guessing_bias import InitialGuessingBias
@@ -206,6 +205,7 @@ def inspect(
     Raises: BadInput: if the batch is empty, constant, holds NaN or does not fit the model (with what the model said);
         if a weight holds NaN; if the model has no layer, is on the meta device, or its output does not fit the loss.
 
+    >>> import torch
     >>> seed = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
     >>> with torch.no_grad():
@@ -242,8 +242,7 @@ def inspect(
 
 def _require_finite_weights(model: nn.Module) -> None:
     held = {n: p.detach() for n, p in model.named_parameters() if p.is_floating_point() and p.numel()}
-    broken = {n: p for n, p in held.items() if not all(math.isfinite(float(x)) for x in torch.aminmax(p))}
-    bad = {n: int((~torch.isfinite(p)).sum()) for n, p in broken.items()}
+    bad = {n: not_finite(p) for n, p in held.items()}
     named = [f"{n} ({k} of them)" for n, k in bad.items() if k]
     if named:
         raise BadInput(f"inspect needs weights that are numbers, got NaN or infinite ones in {listed(named[:5])}")

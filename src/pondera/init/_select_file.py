@@ -9,10 +9,10 @@ import torch
 from torch import Generator, Tensor
 
 from pondera._safetensors import FileModel, appearing_file, header, in_order, write
-from pondera.errors import BadInput
-from pondera.init.weight_selection import Plan, Spec, check_finite, take
+from pondera.errors import BadInput, all_finite
+from pondera.init.weight_selection import Plan, Spec, take
 
-CHUNK = 2**24  # bytes of the large model looked at in one go
+CHUNK = 2**22  # bytes of the large model looked at in one go: few enough to stay in the cache
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def select_file(
 ) -> list[Selected]:
     """Start a small model's file from a large one by weight selection, as `select_from_` does with modules.
 
-    The large model is read and `out` written a few rows at a time, at most 16 MiB (or one row, if that is more), so
+    The large model is read and `out` written a few rows at a time, at most 4 MiB (or one row, if that is more), so
     memory stays far below the largest tensor, whatever the size of the models. `out` appears whole at the end or not at
     all: it is written without a name (where the system cannot, under a hidden one beside it) and then renamed.
 
@@ -88,7 +88,8 @@ def select_file(
             indices = [torch.arange(n) for n in shape] if source is None else plan.indices(name)
             for rows in _rows(model, taken, indices):
                 rows = rows.to(small.dtypes[name])
-                check_finite(rows, f"{who} found NaN or infinity in what it takes from {taken} of {model.said}")
+                if not all_finite(rows):
+                    raise BadInput(f"{who} found NaN or infinity in what it takes from {taken} of {model.said}")
                 write(file, rows.flatten())
     return [
         Selected(name, small.shapes[name], source, None if source is None else large.shapes[source])

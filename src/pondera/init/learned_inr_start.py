@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from pondera._weights import require_owned
-from pondera.errors import BadInput, describe, nearest, require_finite
+from pondera.errors import BadInput, all_finite, describe, nearest, require_finite
 
 Signal = tuple[Float[Tensor, "points coordinates"], Float[Tensor, "points channels"]]
 Weights = dict[str, Tensor]
@@ -114,7 +114,7 @@ def meta_learn_(
                         gradient = tuple((p - q).detach() / len(drawn) for p, q in zip(theta.values(), own.values()))
                     for p, g in zip(theta.values(), gradient, strict=True):
                         p.grad += g
-            if not all(bool(torch.isfinite(p.grad).all()) for p in theta.values()):
+            if not all(all_finite(p.grad) for p in theta.values() if p.grad is not None):
                 raise BadInput(
                     f"meta_learn_ met NaN or infinite numbers in outer step {step + 1}: lower inner_rate "
                     f"({inner_rate:g}), outer_rate ({outer_rate:g}) or inner_steps ({inner_steps})"

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from pondera._weights import Owned, owned, require_owned, start_each
-from pondera.errors import BadInput, describe, require_finite
+from pondera.errors import BadInput, all_finite, describe, require_finite
 
 WHO = "rich_features_"
 
@@ -196,7 +196,7 @@ def _descend(loss: Callable[[], Tensor], learned: list[Tensor], steps: int, rate
             raise BadInput(f"{WHO} diverged: the loss is {total.item()} at step {step + 1}; lower rate ({rate:g})")
         total.backward()
         adam.step()
-    if not all(bool(torch.isfinite(p).all()) for p in learned):
+    if not all(all_finite(p) for p in learned):
         raise BadInput(f"{WHO} diverged: weights are not finite after step {steps}; lower rate ({rate:g})")
 
 

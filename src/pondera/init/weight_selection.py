@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Generator, Tensor, nn
 
-from pondera.errors import BadInput, describe, nearest, require_float
+from pondera.errors import BadInput, all_finite, describe, nearest, require_float
 
 METHODS = ("uniform", "consecutive", "random")
 LAYERS = ("first", "uniform")
@@ -91,7 +91,8 @@ def select_from_(
     for name, source in plan.sources.items():
         if source is not None and id(small[name]) not in new:  # a tied tensor once, under its first name
             value = take(big[source], plan.indices(name)).to(small[name])
-            check_finite(value, f"{who} found NaN or infinity in what it takes from the teacher's {source}")
+            if not all_finite(value):
+                raise BadInput(f"{who} found NaN or infinity in what it takes from the teacher's {source}")
             new[id(small[name])] = small[name], value
     for tensor, value in new.values():
         tensor.copy_(value)
@@ -210,12 +211,6 @@ def take(x: Tensor, indices: list[Int[Tensor, "S"]]) -> Tensor:
         if len(index) < x.shape[d]:
             x = x.index_select(d, index.to(x.device))
     return x
-
-
-def check_finite(x: Tensor, words: str) -> None:
-    """BadInput with `words` when a tensor holds NaN or infinity (8-bit floats are looked at in float32)."""
-    if (x.is_floating_point() or x.is_complex()) and not (x if x.element_size() > 1 else x.float()).isfinite().all():
-        raise BadInput(words)
 
 
 def _state(model: Any, who: str, what: str) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
-from pondera.errors import BadInput
+from pondera.errors import BadInput, not_finite
 
 Batch = Any  # a tuple of tensors, or a mapping of names to them
 SAMPLE = 32  # examples of a data set that are looked at to know it by
@@ -267,8 +267,7 @@ def _tensors(part: Sequence[Any], what: str) -> tuple[Tensor, ...]:
         raise BadInput(f"{what} must hold the same number of examples, at least one, in each tensor; got shapes "
                        f"{[tuple(t.shape) for t in tensors]}")  # fmt: skip
     for t in tensors:
-        bad = int((~torch.isfinite(t)).sum()) if t.is_floating_point() else 0
-        if bad:
+        if bad := not_finite(t):
             raise BadInput(f"{what} holds {bad} NaN or infinite numbers of {t.numel()}; clean or impute them first")
     return tensors
 

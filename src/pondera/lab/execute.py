@@ -7,10 +7,12 @@ import pickle
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any, Protocol
 
 from pondera.errors import BadInput
@@ -434,14 +436,20 @@ def _marked(work: Work, spec: RunSpec, clock: Any, number: int) -> dict[str, Any
 
 
 def _require_listening(address: str) -> None:
-    """BadInput when nothing answers at a "host:port" (ray itself would try for minutes); other addresses are ray's to judge."""
-    host, colon, port = address.rpartition(":")
+    """BadInput when nothing answers at a "host:port", or at the one that "auto" stands for (ray itself would try for minutes,
+    also where the cluster it last knew of is gone); other addresses are ray's to judge."""
+    at = address
+    if address == "auto":  # as ray looks it up
+        last = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray", "ray_current_cluster")
+        at = os.environ.get("RAY_ADDRESS") or (last.read_text(encoding="utf-8").strip() if last.is_file() else "")
+    host, colon, port = at.rpartition(":")
     if not colon or not port.isdigit() or "/" in host:
         return
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
-        raise BadInput(f"no Ray cluster answers at {address!r}: {error}") from None
+        where = f"{address!r}" if at == address else f"{address!r}, which was {at}"
+        raise BadInput(f"no Ray cluster answers at {where}: {error}") from None
 
 
 # -- ends that are no run's own ---------------------------------------------------------------------------------------

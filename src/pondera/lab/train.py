@@ -25,6 +25,7 @@ from pondera.probe._signal import measure
 __all__ = ["START_BATCH", "WARM_UP", "RunSpec", "prepare", "run", "schedule", "stream"]
 TIE_BATCHES = 16  # of validation data, on which the loss that breaks ties is taken
 START_BATCH = 256  # examples a data-driven start sees
+SIGNAL_BATCHES = 4  # batches that the signal before training is taken from, where that is less than START_BATCH
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def _loss_on(task: Task, model: nn.Module, held: Any, spec: RunSpec) -> float:
 def _signal(task: Task, model: nn.Module, fit: Any, device: str) -> list[dict[str, Any]]:
     """Forward and backward signal by layer before training; empty where the look fails (the run goes on)."""
     try:
-        few = moved(some(fit, START_BATCH), device)
+        few = moved(some(fit, min(START_BATCH, max(64, SIGNAL_BATCHES * task.settings.batch))), device)
         return measure(model, task.inputs(few), loss=lambda m, _: task.loss(m, few)).table()
     except Exception as error:
         if not task.own_loop and not isinstance(error, (AttributeError, BadInput)):

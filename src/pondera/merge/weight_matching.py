@@ -1,6 +1,7 @@
 """Weight matching: reorder the hidden units of one network so that its weights lie nearest to another's."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,15 @@ from torch import Generator, Tensor, nn
 
 from pondera._batch import Batch
 from pondera._permute import (
+    Axis,
     Permutations,
     PermutationSpec,
     Place,
     State,
     apply_permutation,
     identities,
+    index_of,
+    names_of,
     random_permutations,
     reorder,
     trace_permutations,
@@ -36,8 +40,9 @@ class Matched:
     Attributes:
         permutations: by name; unit i of the result is unit `permutations[p][i]` of what was given.
         state: the reordered state.
-        history: the objective, sum over tensors of <W_a, reordered W_b>, at the identity and after every pass of the start
-            that was kept; from `straight_through_matching` the loss at the midpoint, minibatch by minibatch.
+        history: the objective, the sum of <W_a, reordered W_b> over the tensors that some permutation reorders and that are
+            not carried, at the identity and after every pass of the start that was kept (at its random permutations,
+            where it is not the first); from `straight_through_matching` the loss at the midpoint, minibatch by minibatch.
         objectives: the objective each start ended with.
         distance: distance of the two networks before and after; the objective is all of it that permutations change.
         converged: whether a whole pass brought nothing more; from `straight_through_matching` whether every match did.
@@ -86,17 +91,22 @@ def weight_matching(
     .. math:: \arg\min_\pi \lVert \theta_a - \pi(\theta_b) \rVert^2
               = \arg\max_\pi \sum_\ell \langle W^a_\ell,\; P_\ell W^b_\ell P_{\ell-1}^T \rangle
 
+    The sum runs over the tensors that some permutation reorders: what the others hold, such as the last layer's bias, is
+    the same wherever the units lie and is left out of the objective, as is what the spec carries.
+
     With all permutations but one held, that one is a linear assignment and is solved exactly; permutations are visited
     in a random order until a whole pass brings nothing (more than 1e-12 of |a| |b|, in float64). Every pass can only
     raise the objective. The end depends on the order: with several hidden layers it is a local optimum, with one the
-    global one.
+    global one. One whose neighbours have not moved since its last visit lies best as it lies and is passed over; of the
+    products of the others only those with units that moved are taken anew.
 
     Permutations change no singular value. What matching does is to turn the leading singular vectors of the two networks
     toward each other (`singular_alignment`); the distance falls little between networks trained apart. Merge the two,
     `(1 - t) * a + t * result`, or look at `barrier`. Batch norm's running statistics are reordered with the units, do
     not count in the match, and must be re-estimated after merging (`reset_norms_`).
 
-    Both networks and one reordered copy are in memory; products are float64, one tensor at a time.
+    Both networks and one reordered copy are in memory, and in float64 up to three tensors at a time and the n x n products
+    of each permutation of n units; these are kept where the tensors that it reorders hold at least n x n numbers.
 
     Args:
         a: the network that stays, a module or a state dict.
@@ -132,10 +142,10 @@ def weight_matching(
     sizes = _require_alike([a, b], spec, who)
     runs = []
     for start in range(restarts):
-        first = random_permutations(sizes, generator) if start else identities(sizes)
+        first = random_permutations(sizes, generator) if start else {}
         runs.append(_ascend(spec, sizes, a, b, first, generator, max_iter))
     best = max(runs, key=lambda run: run.history[-1])
-    return _matched(spec, a, b, best, best.history, tuple(run.history[-1] for run in runs))
+    return _matched(spec, a, b, best, runs[0].start.objective, best.history, tuple(run.history[-1] for run in runs))
 
 
 @dataclass(frozen=True)
@@ -212,7 +222,7 @@ def match_many(
         progress = False
         for i in _shuffled(len(now), generator):
             others = dict(now[i]) | {name: (total[name] - now[i][name]) / (len(now) - 1) for name in counted}
-            run = _ascend(spec, sizes, others, now[i], identities(sizes), generator, max_iter)
+            run = _ascend(spec, sizes, others, now[i], {}, generator, max_iter)
             if all(torch.equal(order, torch.arange(sizes[p])) for p, order in run.permutations.items()):
                 continue
             progress = True
@@ -307,8 +317,10 @@ def straight_through_matching(
                 best = perms
     if best is None:
         raise BadInput(f"{who} needs at least one epoch with at least one batch, got {epochs} epochs and no batch")
-    kept = _Run(best, [_objective(spec, a, apply_permutation(spec, best, b))], converged)
-    return _matched(spec, a, b, kept, losses, (kept.history[-1],))
+    wide = _Wide(), _Wide()
+    start = _compare(spec, a, b, {}, wide)
+    kept = _Run(best, losses, start, converged)
+    return _matched(spec, a, b, kept, start.objective, losses, (_compare(spec, a, b, best, wide).objective,))
 
 
 @dataclass(frozen=True)
@@ -387,7 +399,7 @@ def singular_alignment(
     for name in names:
         _require_same(name, a, b, who)
         (u, s, vt), (w, t, zt) = (
-            torch.linalg.svd(_finite(x[name], name, who).flatten(1), full_matrices=False) for x in (a, b)
+            torch.linalg.svd(_finite(x[name], name, who).double().flatten(1), full_matrices=False) for x in (a, b)
         )
         values[name] = s, t
         same = (u.T @ w) * (vt @ zt.T)
@@ -406,9 +418,21 @@ def singular_alignment(
 
 
 @dataclass(frozen=True)
+class _Start:
+    """objective: as in `Matched`. norm: |a| |b| of each tensor. size: |a|^2 + |b|^2 of all floating-point ones; rest: their
+    <a, b> where no permutation moves anything; NaN if one moves integers, which count in the objective alone."""
+
+    objective: float
+    norm: dict[str, float]
+    size: float
+    rest: float
+
+
+@dataclass(frozen=True)
 class _Run:
     permutations: dict[str, Tensor]
     history: list[float]
+    start: _Start
     converged: bool
 
 
@@ -421,74 +445,173 @@ def _ascend(
     generator: Generator | None,
     max_iter: int,
 ) -> _Run:
-    """Coordinate ascent from the permutations `first`."""
+    """Coordinate ascent from the permutations `first`; those left out begin with the identity."""
     from scipy.optimize import linear_sum_assignment
 
-    perms = dict(first)
-    now = {name: reorder(x, spec.axes.get(name, ()), perms) for name, x in b.items()}  # b as it lies at the moment
-    counted = {p: [q for q in places if q.tensor not in spec.carried] for p, places in spec.places.items()}
-    touched = {p: dict.fromkeys(q.tensor for q in places) for p, places in spec.places.items()}
-    norm = {name: float(a[name].double().norm() * b[name].double().norm()) for name in spec.axes}
-    names = list(perms)
-    history = [_objective(spec, a, now)]
+    perms, names, wide = dict(first), list(sizes), (_Wide(), _Wide(), _Wide())
+    still = identities(sizes)
+    start = _compare(spec, a, b, perms, wide)
+    products = {p: _Products(spec, a, b, p, sizes[p], wide) for p in names}
+    least = {p: TOLERANCE * sum(start.norm[name] for name in products[p].tensors) for p in names}
+    history = [start.objective]
     for _ in range(max_iter):
-        progress = False
-        for i in _shuffled(len(names), generator):
-            p = names[i]
-            A = sum(_products(a[q.tensor], now[q.tensor], q) for q in counted[p])  # A_ij: unit i of a with unit j of b
-            if not isinstance(A, Tensor):
-                continue  # stands on carried tensors alone
-            A = A.cpu()
+        total, progress = history[-1], False
+        for p in (names[i] for i in _shuffled(len(names), generator)):
+            if not products[p].moved(perms):
+                continue  # nothing it hangs on has moved: it lies best as it lies
+            A = products[p].at(perms).cpu()  # A_ij: unit i of a with unit j of b
             order = torch.from_numpy(linear_sum_assignment(A.numpy(), maximize=True)[1])
-            gain = float(A.gather(1, order[:, None]).sum() - A.trace())
-            if gain <= TOLERANCE * sum(norm[q.tensor] for q in counted[p]):
-                continue
-            progress = True
-            perms[p] = perms[p][order]
-            for name in touched[p]:
-                now[name] = reorder(now[name], spec.axes[name], {p: order})
-        history.append(_objective(spec, a, now))
+            gain = float((A.gather(1, order[:, None]) - A.gather(1, perms.get(p, still[p])[:, None])).sum())
+            if gain > least[p]:
+                perms[p], total, progress = order, total + gain, True
+        history.append(total)
         if not progress:
-            return _Run(perms, history, True)
-    return _Run(perms, history, False)
+            return _Run(still | perms, history, start, True)
+    return _Run(still | perms, history, start, False)
+
+
+def _compare(spec: PermutationSpec, a: State, b: State, perms: Permutations, wide: "tuple[_Wide, ...]") -> _Start:
+    """How two networks lie, b reordered; what is carried does not count."""
+    objective, size, rest, norm = 0.0, 0.0, 0.0, {}
+    for name, entries in spec.axes.items():
+        if name in spec.carried:
+            continue
+        x, y = (into(t).flatten() for into, t in zip(wide, (a[name], reorder(b[name], entries, perms))))
+        both, squares = float(x @ y), (float(x @ x), float(y @ y))
+        norm[name] = (squares[0] * squares[1]) ** 0.5
+        permuted, number = any(map(names_of, entries)), a[name].is_floating_point()
+        objective += both if permuted else 0.0
+        size += sum(squares) if number else 0.0
+        if number != permuted:
+            rest += both if number else math.nan
+    return _Start(objective, norm, size, rest)
+
+
+class _Wide:
+    """Tensors in float64, each in the memory of the one before it: fresh memory costs more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self.held = torch.empty(0, dtype=torch.float64)
+
+    def __call__(self, x: Tensor, device: torch.device | None = None) -> Tensor:
+        if self.held.numel() < x.numel() or self.held.device != (device or x.device):
+            self.held = torch.empty(x.numel(), dtype=torch.float64, device=device or x.device)
+        return self.held[: x.numel()].view(x.shape).copy_(x)
+
+
+_Beside = tuple[int, Axis, set[str]]  # an axis of a tensor, its entry, and which other permutations stand there
+
+
+class _Products:
+    """Inner products of a permutation's units, a's with b's, in float64, where the other permutations lie as they lie.
+
+    Once others have moved, only the entries that they moved are multiplied anew. The n x n products are kept for that,
+    where the tensors they come from hold at least as many numbers; elsewhere all is multiplied anew.
+    """
+
+    def __init__(
+        self, spec: PermutationSpec, a: State, b: State, p: str, n: int, wide: tuple[_Wide, _Wide, _Wide]
+    ) -> None:
+        self.a, self.b, self.n, self.wide = a, b, n, wide
+        self.places: list[tuple[Place, list[_Beside]]] = []
+        self.vectors: list[str] = []  # biases and the like: many, small and reordered by nothing else
+        for place in spec.places[p]:
+            if place.tensor in spec.carried:
+                continue
+            if len(spec.axes[place.tensor]) == 1 and place.n is None:
+                self.vectors.append(place.tensor)
+            else:
+                axes = ((axis, entry, names_of(entry) - {p}) for axis, entry in enumerate(spec.axes[place.tensor]))
+                self.places.append((place, [beside for beside in axes if beside[2]]))
+        self.beside = {q for _, axes in self.places for _, _, names in axes for q in names}
+        self.tensors = [*self.vectors, *dict.fromkeys(place.tensor for place, _ in self.places)]
+        self.keep = n * n <= sum(a[name].numel() for name in self.tensors)
+        self.kept: Tensor | None = None
+        self.others: Permutations | None = None if self.tensors else {}  # as they lay the last time
+
+    def moved(self, perms: Permutations) -> bool:
+        """Whether another permutation has moved since the last time, or there was none."""
+        return self.others is None or any(perms.get(q) is not self.others.get(q) for q in self.beside)
+
+    def at(self, perms: Permutations) -> Float[Tensor, "n n"]:
+        """Unit i of a with unit j of b as given."""
+        now = {q: perms[q] for q in self.beside if q in perms}
+        A = self.kept
+        if A is None:
+            A = torch.zeros(self.n, self.n, dtype=torch.float64, device=self.a[self.tensors[0]].device)
+            if self.vectors:
+                x, y = (torch.stack([s[t].to(A) for t in self.vectors]) for s in (self.a, self.b))
+                A.addmm_(x.T, y)
+        for place, axes in self.places:
+            for factors in self._factors(place, axes, now):
+                x, y, *less = (into(t.movedim(place.axis, 0), A.device) for into, t in zip(self.wide, factors))
+                y = y.sub_(*less) if less else y
+                A.addmm_(_units(x, place), _units(y, place).T)
+        self.others, self.kept = now, A if self.keep else None
+        return A
+
+    def _factors(self, place: Place, axes: list[_Beside], now: Permutations) -> Iterator[tuple[Tensor, ...]]:
+        """What to multiply: a with b, or parts of a with what lies there in b, less what lay there."""
+        a, b, old = self.a[place.tensor], self.b[place.tensor], self.others
+        if self.kept is None or old is None:
+            yield a, _ordered(b, axes, now)
+            return
+        for i, (axis, entry, names) in enumerate(axes):  # one axis after the other goes from `old` to `now`
+            if all(now.get(q) is old.get(q) for q in names):
+                continue
+            was, lies = (index_of(entry, perms, b.shape[axis]) for perms in (old, now))
+            at = (was != lies).nonzero().flatten() if axis != place.axis else torch.arange(len(was))
+            parts = [x.index_select(axis, index[at].to(x.device)) for x, index in ((b, lies), (b, was))]
+            parts = [_ordered(_ordered(x, axes[:i], now), axes[i + 1 :], old) for x in parts]
+            yield a.index_select(axis, at.to(a.device)), *parts
+
+
+def _ordered(x: Tensor, axes: Sequence[_Beside], perms: Permutations) -> Tensor:
+    for axis, entry, names in axes:
+        if names & perms.keys():
+            x = x.index_select(axis, index_of(entry, perms).to(x.device))
+    return x
+
+
+def _units(x: Tensor, place: Place) -> Float[Tensor, "n rest"]:
+    """A tensor with the permuted axis first, as one row a unit of the permutation."""
+    n = place.n or len(x)
+    if n == len(x):
+        return x.flatten(1) if x.ndim > 1 else x[:, None]
+    x = x[place.start : place.start + place.outer * n * place.inner]
+    return x.reshape(place.outer, n, -1).transpose(0, 1).reshape(n, -1)
 
 
 def _shuffled(n: int, generator: Generator | None) -> list[int]:
     return torch.randperm(n, generator=generator, device=generator.device if generator else None).tolist()
 
 
-def _products(x: Tensor, y: Tensor, place: Place) -> Float[Tensor, "n n"]:
-    """Inner products of the units of two tensors, in float64."""
-    x, y = (_units(t, place) for t in (x, y))
-    return x @ y.to(x.device).T
-
-
-def _units(x: Tensor, place: Place) -> Float[Tensor, "n rest"]:
-    """A tensor as one row a unit of a permutation."""
-    x = x.double().movedim(place.axis, 0)
-    n = place.n or len(x)
-    x = x[place.start : place.start + place.outer * n * place.inner]
-    return x.reshape(place.outer, n, -1).transpose(0, 1).reshape(n, -1)
-
-
-def _objective(spec: PermutationSpec, a: State, b: State) -> float:
-    """Sum over tensors of <W_a, W_b>, over those that a permutation moves and that count."""
-    names = dict.fromkeys(q.tensor for places in spec.places.values() for q in places if q.tensor not in spec.carried)
-    return sum(float(a[name].double().flatten() @ b[name].to(a[name].device).double().flatten()) for name in names)
-
-
 def _matched(
-    spec: PermutationSpec, a: State, b: State, run: _Run, history: Sequence[float], objectives: tuple[float, ...]
+    spec: PermutationSpec,
+    a: State,
+    b: State,
+    run: _Run,
+    before: float,
+    history: Sequence[float],
+    objectives: tuple[float, ...],
 ) -> Matched:
+    """before: the objective at the identity."""
     new = apply_permutation(spec, run.permutations, b)
+    distance = tuple(_distance(spec, a, x, run.start, now) for x, now in ((b, before), (new, max(objectives))))
     new = {name: x.clone() if x is b[name] else x for name, x in new.items()}
-    distance = _distance(spec, a, b), _distance(spec, a, new)
-    return Matched(run.permutations, new, tuple(history), objectives, distance, run.converged)
+    return Matched(run.permutations, new, tuple(history), objectives, (distance[0], distance[1]), run.converged)
 
 
-def _distance(spec: PermutationSpec, a: State, b: State) -> float:
-    names = [name for name in spec.axes if name not in spec.carried and a[name].is_floating_point()]
-    return sum(float((a[name].double() - b[name].to(a[name].device).double()).square().sum()) for name in names) ** 0.5
+def _distance(spec: PermutationSpec, a: State, b: State, start: _Start, objective: float) -> float:
+    """By |a - b|^2 = |a|^2 + |b|^2 - 2 <a, b>, unless a and b lie so near that digits cancel."""
+    square = start.size - 2 * (objective + start.rest)
+    if not square > 1e-3 * start.size:
+        wide, square = _Wide(), 0.0
+        for name in spec.axes:
+            if name not in spec.carried and a[name].is_floating_point():
+                apart = wide(a[name]).sub_(b[name].to(a[name].device)).flatten()
+                square += float(apart @ apart)
+    return square**0.5
 
 
 def _spread(states: Sequence[State], total: Mapping[str, Tensor], names: Sequence[str]) -> float:
@@ -524,7 +647,7 @@ def _spec(spec: PermutationSpec | None, model: object, example: Batch | None, wh
 def _require_alike(states: Sequence[State], spec: PermutationSpec, who: str) -> dict[str, int]:
     first = states[0]
     for other in states[1:]:
-        for name in (*first, *other):
+        for name in {**first, **other}:
             _require_same(name, first, other, who)
     sizes = spec.sizes(first)
     for state in states:
@@ -544,7 +667,5 @@ def _require_same(name: str, a: State, b: State, who: str) -> None:
 
 
 def _finite(x: Tensor, name: str, who: str) -> Float[Tensor, "*shape"]:
-    """A tensor in float64; integers (counters, indices) are finite as they are."""
-    if x.is_floating_point() or x.is_complex() or x.is_meta:
-        require_finite(x, who, name)
-    return x.double()
+    """A tensor without NaN or infinity; integers (counters, indices) are finite as they are."""
+    return require_finite(x, who, name) if x.is_floating_point() or x.is_complex() or x.is_meta else x

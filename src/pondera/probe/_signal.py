@@ -261,7 +261,9 @@ def _statistics(y: Tensor, axis: int) -> dict[str, Any]:
         nan = math.nan
         return {"mean": nan, "variance": nan, "signal": nan, "dead": nan, "finite": False, "shape": tuple(y.shape)}
     size = max(float(high.abs().max()), float(low.abs().max())) or 1.0
-    variance, mean = torch.var_mean(units / size, dim=0, correction=0)
+    scaled = units / size
+    mean = scaled.mean(0)
+    variance = (scaled - mean).square_().mean(0)  # in two passes: torch's var_mean takes twice as long along rows
     still = (high - low) <= 1e-6 * size
     return {
         "mean": float(mean.mean()) * size,

@@ -76,10 +76,13 @@ class SmallViT(nn.Module):
         return self.head(self.norm(x).mean(1))
 
 
-def train(
+def train_on(
     net: nn.Module, data: Data, rate: float, steps: int, batch: int, seed: int, look: Callable[[], float] | None = None
 ) -> list[float]:
-    """AdamW on the lab's schedule; what `look` says after every eighth of the steps."""
+    """AdamW on the lab's schedule; what `look` says after every eighth of the steps.
+
+    Not called `train`: this file is a task, and a task that has a function of that name brings a loop of its own.
+    """
     from pondera.lab.train import schedule
 
     (x, y), seen, g = data, [], torch.Generator().manual_seed(seed)
@@ -182,14 +185,14 @@ def consistency_matters(lab: Lab) -> Finding:
     (x, y), test = digits.data()
     torch.manual_seed(0)
     big = ResidualNet(128)
-    train(big, (x[:957], y[:957]), 3e-3, 300, 64, seed=0)
+    train_on(big, (x[:957], y[:957]), 3e-3, 300, 64, seed=0)
     (x, y), held = (x[957:], y[957:]), (x[1157:], y[1157:])
 
     def learn(start: Callable[..., Any], rate: float, seed: int, data: Data, on: Data) -> list[float]:
         torch.manual_seed(seed)
         net = ResidualNet(32)
         start(net, big, generator=lab.generator(seed))
-        return train(net, data, rate, QUICK_STEPS, QUICK_BATCH, seed, lambda: accuracy(net, on))
+        return train_on(net, data, rate, QUICK_STEPS, QUICK_BATCH, seed, lambda: accuracy(net, on))
 
     mean, last, rates = {}, {}, {}
     for name, start in STARTS.items():
@@ -239,7 +242,7 @@ def teacher() -> nn.Module:
     torch.manual_seed(0)
     net = SmallViT(TEACHER)
     with torch.enable_grad():  # the data ask for it where no gradients are wanted
-        train(net, (x[:2500], y[:2500]), 3e-3, 500, 64, seed=0)
+        train_on(net, (x[:2500], y[:2500]), 3e-3, 500, 64, seed=0)
     torch.set_rng_state(state)
     return net.eval()
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pondera.merge.fuse import fuse
 from pondera.replications import Finding, Lab, claim, judge
-from pondera.replications.init.weight_selection import accuracy, train
+from pondera.replications.init.weight_selection import accuracy, train_on
 
 Data = tuple[Tensor, Tensor]
 QUESTIONS = {  # the digits whose answer is yes
@@ -48,7 +48,7 @@ def fine_tuned(start: nn.Module, data: Data, classes: int, rate: float, steps: i
     """A copy of the body `start` and a fresh head, trained together."""
     torch.manual_seed(seed)
     net = nn.Sequential(copy.deepcopy(start), nn.Linear(WIDTH, classes))
-    train(net, data, rate, steps, 32, seed)
+    train_on(net, data, rate, steps, 32, seed)
     return net
 
 

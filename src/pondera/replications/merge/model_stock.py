@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from pondera.merge.fuse import fuse
 from pondera.merge.model_stock import model_stock
 from pondera.replications import Effect, Finding, Lab, claim, judge
-from pondera.replications.init.weight_selection import accuracy, train
+from pondera.replications.init.weight_selection import accuracy, train_on
 from pondera.replications.merge.fuse import SIDE, digits
 
 State = dict[str, Tensor]
@@ -54,12 +54,12 @@ def family(seed: int) -> tuple[State, list[State], float]:
     old, new, held = order[:2000], order[2000:2300], order[2300:2800]
     torch.manual_seed(seed)
     base = net()
-    train(base, (x[old], y[old]), 3e-3, BASE_STEPS, 64, seed)
+    train_on(base, (x[old], y[old]), 3e-3, BASE_STEPS, 64, seed)
     data = (leaning(x[new], 0.5), y[new])
 
     def run(rate: float, which: int) -> nn.Module:
         tuned = copy.deepcopy(base)
-        train(tuned, data, rate, STEPS, BATCH, 100 * seed + which)
+        train_on(tuned, data, rate, STEPS, BATCH, 100 * seed + which)
         return tuned
 
     score = [accuracy(run(rate, 99), (leaning(x[held], 0.5), y[held])) for rate in RATES]
