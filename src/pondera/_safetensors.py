@@ -6,8 +6,10 @@ import os
 import posixpath
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 BESIDE = (  # what a folder of Hugging Face's has beside the weights to build the model and to feed it
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.*",
+    "*.tiktoken",
     "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 DTYPES = {
@@ -47,15 +50,19 @@ class Entry:
 class FileModel:
     """A model in a file, in a folder, or behind an index of shards.
 
-    paths: the files it is read from. beside: files of its folder that describe it, where a folder or an index was given.
+    paths: the files it is read from. alone: given as one file. beside: otherwise the files of its folder that describe it.
     """
+
+    _file: FileIO | None = None
+    _at: Path | None = None
 
     def __init__(self, given: str | Path, who: str) -> None:
         path = Path(given)
         if path.is_dir():
             path = _in_folder(path, who)
-        alone = path.suffix != ".json" and not Path(given).is_dir()
-        found = [] if alone else [f for pattern in BESIDE for f in path.parent.glob(pattern) if f.is_file()]
+        self.alone = path.suffix != ".json" and not Path(given).is_dir()
+        self.given = [path.absolute()]  # before links are followed
+        found = [] if self.alone else [f for pattern in BESIDE for f in path.parent.glob(pattern) if f.is_file()]
         self.beside = sorted(found)
         self.said = str(path)
         self.metadata: dict[str, str] = {}
@@ -71,16 +78,26 @@ class FileModel:
     def read(self, name: str, low: int, high: int) -> Tensor:
         """Entries low .. high of the flattened tensor, in memory of their own."""
         e = self.entries[name]
-        buffer = bytearray((high - low) * e.dtype.itemsize)
-        with open(e.path, "rb", buffering=0) as file:
-            file.seek(e.begin + low * e.dtype.itemsize)
-            seen = memoryview(buffer)
-            while seen:  # one call reads 2 GiB at most
-                n = file.readinto(seen)
-                if not n:
-                    raise BadInput(f"{e.path} was cut short while {name} was read")
-                seen = seen[n:]
-        return torch.frombuffer(buffer, dtype=torch.uint8).view(e.dtype) if buffer else torch.empty(0, dtype=e.dtype)
+        if self._file is None or self._at != e.path:
+            self.close()
+            self._file, self._at = open(e.path, "rb", buffering=0), e.path  # noqa: SIM115
+        x = torch.empty(high - low, dtype=e.dtype)
+        self._file.seek(e.begin + low * e.dtype.itemsize)
+        seen = _bytes(x)
+        while seen:  # one call reads 2 GiB at most
+            n = self._file.readinto(seen)
+            if not n:
+                raise BadInput(f"{e.path} was cut short while {name} was read")
+            seen = seen[n:]
+        return x
+
+    def close(self) -> None:
+        """The file read last stays open until then: the system reads ahead in it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    __del__ = close
 
     def identity(self, name: str) -> None:
         """Files hold each name's numbers for themselves."""
@@ -211,8 +228,61 @@ def header(
 
 def write(file: BinaryIO, x: Tensor) -> None:
     """The bytes of a flat tensor."""
-    if x.numel():
-        file.write(x.contiguous().view(torch.uint8).numpy().data)
+    file.write(_bytes(x.contiguous()))
+
+
+def _bytes(x: Tensor) -> memoryview:
+    """A flat tensor's own memory."""
+    return x.view(torch.uint8).numpy().data if x.numel() else memoryview(b"")
+
+
+class Behind:
+    """Writes flat tensors to a file in a thread of its own, in order; what goes wrong there is raised at the next write.
+
+    Another keeps the disk at work meanwhile, for which the system would wait until all has to be there.
+    """
+
+    MOST, SYNC = 2**19, 2**26  # bytes that are written in one go; bytes after which the disk is told
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.waiting: list[Tensor] = []
+        self.size = self.unsaid = 0
+        self.written: Future[None] | None = None
+        self.synced: Future[None] | None = None
+        self.threads = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+
+    def write(self, x: Tensor) -> None:
+        self.waiting.append(x)
+        self.size += x.nbytes
+        if self.size >= self.MOST:
+            self._go()
+
+    def _go(self) -> None:
+        if self.written is not None:
+            self.written.result()
+        self.written = self.threads[0].submit(self._write, self.waiting)
+        self.unsaid += self.size
+        self.waiting, self.size = [], 0
+        if self.unsaid >= self.SYNC and (self.synced is None or self.synced.done()):
+            self.synced = self.threads[1].submit(os.fsync, self.file.fileno())
+            self.unsaid = 0
+
+    def _write(self, tensors: list[Tensor]) -> None:
+        for x in tensors:
+            write(self.file, x)
+
+    def __enter__(self) -> "Behind":
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        try:
+            if kind is None:
+                self._go()
+                self.written.result()  # type: ignore[union-attr]
+        finally:
+            for thread in self.threads:
+                thread.shutdown()
 
 
 @contextmanager
@@ -246,8 +316,11 @@ def appearing_file(out: Path, who: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def appearing_folder(out: Path, who: str) -> Iterator[Path]:
-    """A folder that appears as `out`, whole, at the end; until then it is hidden beside it, and a kill leaves that."""
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    """A folder that appears as `out`, whole, at the end; until then it is hidden beside it, and a kill leaves that.
+
+    An old folder there is moved aside by one rename, the new one in its place by the next, and then the old one removed.
+    """
+    beside, aside = (out.with_name(f".{out.name}.{os.getpid()}{end}") for end in ("", ".old"))
     try:
         try:
             beside.mkdir()
@@ -260,6 +333,15 @@ def appearing_folder(out: Path, who: str) -> Iterator[Path]:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-        os.replace(beside, out)
+        if out.is_dir() and any(os.scandir(out)):
+            os.replace(out, aside)
+            try:
+                os.replace(beside, out)
+            except BaseException:
+                os.replace(aside, out)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -117,3 +117,60 @@ def test_match_refuses(folder, pondera):
         pondera("match", "a.safetensors", "b.safetensors", "-o", "a.safetensors", "--spec", "spec.json"), "write over"
     )
     assert not (folder / "c.safetensors").exists()
+
+
+def test_two_gpts_to_a_folder_that_transformers_loads(folder, pondera):
+    """The logits are those of the average made by hand, and the card's recipe makes the folder again."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=17, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    models = []
+    for i in range(2):
+        torch.manual_seed(i)
+        models.append(transformers.GPT2LMHeadModel(config).eval())
+        models[i].save_pretrained(folder / f"gpt{i}")
+    result = pondera("fuse", "gpt0", "gpt1", "-o", "merged", "--weights", "0.25,0.75", "--shard-size", "4KB")
+    assert result.returncode == 0, result.stderr
+    hand = {k: 0.25 * x + 0.75 * models[1].state_dict()[k] for k, x in models[0].state_dict().items()}
+    by_hand = transformers.GPT2LMHeadModel(config).eval()
+    by_hand.load_state_dict(hand)
+    tokens = torch.arange(8)[None] * 2
+    with torch.no_grad():
+        expected = by_hand(tokens).logits
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
+        assert torch.allclose(loaded(tokens).logits, expected, atol=1e-6)
+        assert not torch.allclose(models[0](tokens).logits, expected, atol=1e-2)
+
+    card = (folder / "merged" / "README.md").read_text()
+    (folder / "recipe.yml").write_text(card.split("```yaml\n")[1].split("```")[0])
+    result = pondera("recipe.yml", "-o", "again")
+    assert result.returncode == 0, result.stderr
+    assert "model.safetensors" in result.stdout
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder / "again")
+    assert all(torch.equal(x, loaded.state_dict()[k]) for k, x in again.state_dict().items())
+
+    refused(pondera("recipe.yml", "-o", "again"), "again exists (replace=True, or --replace")
+    result = pondera("recipe", "recipe.yml", "-o", "again", "--replace", "--dtype", "bfloat16", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["dtypes"] == "dtypes: read float32; computed in float32; written as bfloat16"
+    half = transformers.AutoModelForCausalLM.from_pretrained(folder / "again", dtype="auto")
+    assert half.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.allclose(half(tokens).logits.float(), expected, atol=0.05)
+
+
+def test_the_help_tells_of_recipes_dtypes_and_the_cache(pondera):
+    said = " ".join(pondera("--help").stdout.split())
+    assert "recipe.yml -o OUT" in said and "recipe" in said
+    said = " ".join(pondera("fuse", "--help").stdout.split())
+    for words in ("--dtype", "--replace", "--shard-size", "local cache", "50GB"):
+        assert words in said
+
+
+def test_a_recipe_that_is_wrong_is_one_sentence(folder, pondera):
+    (folder / "r.yaml").write_text("merge_method: dare_ties\nmodels: [a.safetensors, b.safetensors]")
+    refused(pondera("r.yaml", "-o", "out.safetensors"), "linear, model_stock, wise_ft, bang")
+    refused(pondera("none.yml", "-o", "out.safetensors"), "cannot read none.yml")
+    refused(pondera("fuse", "a.safetensors", "org/none", "-o", "out.safetensors"), "`hf download org/none`")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -204,7 +205,11 @@ def test_file_is_what_memory_gives(tmp_path, dtype, budget, monkeypatch):
     }
     assert report.files == [tmp_path / "out.safetensors"]
     with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt", "made": "hére"}
+        kept = file.metadata()
+        assert yaml.safe_load(kept.pop("merge_recipe")) == {
+            "merge_method": "linear", "models": [{"model": str(p), "parameters": {"weight": 1.0}} for p in paths],
+        }  # fmt: skip
+        assert kept == {"format": "pt", "made": "hére"}
         for k in file.keys():  # noqa: SIM118 (not a dict)
             x = file.get_tensor(k)
             assert not x.numel() or x.data_ptr() % x.element_size() == 0
@@ -243,7 +248,8 @@ def test_a_transformers_model_reads_the_result(tmp_path):
         (tmp_path / "0" / name).write_text(name)
     report = fuse_files([tmp_path / "0", tmp_path / "1"], tmp_path / "out", shard_size="4KB")
     beside = {f.name for f in report.files} - {f.name for f in report.files if "safetensors" in f.name}
-    assert beside == {"config.json", "generation_config.json", "merges.txt", "spiece.model"}
+    assert beside == {"config.json", "generation_config.json", "merges.txt", "spiece.model", "README.md"}
+    assert (tmp_path / "out" / "README.md").read_text() != "README.md", "the card is the merge's own"
     assert {f.name for f in (tmp_path / "out").iterdir()} == {f.name for f in report.files}
     alone = fuse_files([tmp_path / "0" / "model.safetensors", tmp_path / "1"], tmp_path / "o2", shard_size="4KB")
     assert all("safetensors" in f.name for f in alone.files)

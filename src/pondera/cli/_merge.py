@@ -2,26 +2,48 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from pondera.errors import BadInput
 
 if TYPE_CHECKING:
     from pondera.merge import MergeReport
 
+
+class _Merge(TyperGroup):
+    """`pondera merge FILE.yml` is short for `pondera merge recipe FILE.yml`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0].lower().endswith((".yml", ".yaml")):
+            args = ["recipe", *args]
+        return super().resolve_command(ctx, args)
+
+
 merge = typer.Typer(
+    cls=_Merge,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Merge models in safetensors files into one; all but match in little memory whatever their size.",
+    help="Merge models in safetensors files into one; all but match in little memory whatever their size. "
+    "`pondera merge recipe.yml -o OUT` merges as a file says, in mergekit's form.",
 )
 
-FORMS = ".safetensors, .safetensors.index.json, or a folder with one of them."
+FORMS = ".safetensors, .safetensors.index.json, a folder with one of them, or an id in the hub's local cache."
 Out = Annotated[
-    Path, typer.Option("-o", "--out", help="The .safetensors file to write; a new folder with --shard-size.")
+    Path,
+    typer.Option(
+        "-o",
+        "--out",
+        help="The .safetensors file to write; or a new folder where the first model is none, and with --shard-size.",
+    ),
 ]
-ShardSize = Annotated[str | None, typer.Option(help="Write shards of at most this size and an index: 5GB, 500MB.")]
+ShardSize = Annotated[
+    str | None, typer.Option(help="Write shards of at most this size and an index: 5GB, 500MB; a folder's are 50GB.")
+]
+Dtype = Annotated[str | None, typer.Option(help="Write numbers as this: bfloat16, float16, float32.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Replace the folder of an old model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the whole report, tensor by tensor, as JSON.")]
 Pretrained = Annotated[Path, typer.Argument(help=f"The pretrained model: {FORMS}")]
 FineTuned = Annotated[Path, typer.Argument(help="The model fine-tuned from it.")]
@@ -39,13 +61,15 @@ def fuse(
         list[str] | None, typer.Option(help="A name left out of the result, such as head; repeatable.")
     ] = None,
     shard_size: ShardSize = None,
+    dtype: Dtype = None,
+    replace: Replace = False,
     as_json: AsJson = False,
 ) -> None:
     """Average models fine-tuned on different tasks, as a better start for a new one."""
     from pondera.merge import fuse_files
 
     given = None if weights is None else _numbers(weights)
-    _print(fuse_files(models, to, given, drop=drop or (), shard_size=shard_size), as_json)
+    _print(fuse_files(models, to, given, drop=drop or (), shard_size=shard_size, dtype=dtype, replace=replace), as_json)
 
 
 @merge.command()
@@ -59,12 +83,19 @@ def stock(
         bool, typer.Option("--filter-wise", help="One angle for each row, not each tensor.")
     ] = False,
     shard_size: ShardSize = None,
+    dtype: Dtype = None,
+    replace: Replace = False,
     as_json: AsJson = False,
 ) -> None:
     """Model Stock: as good as a soup of many fine-tuned models, from two and the pretrained one."""
     from pondera.merge import model_stock_files
 
-    _print(model_stock_files(pretrained, finetuned, to, filter_wise=filter_wise, shard_size=shard_size), as_json)
+    _print(
+        model_stock_files(
+            pretrained, finetuned, to, filter_wise=filter_wise, shard_size=shard_size, dtype=dtype, replace=replace
+        ),
+        as_json,
+    )
 
 
 @merge.command()
@@ -74,12 +105,16 @@ def wise(
     to: Out,
     alpha: Alpha = 0.5,
     shard_size: ShardSize = None,
+    dtype: Dtype = None,
+    replace: Replace = False,
     as_json: AsJson = False,
 ) -> None:
     """WiSE-FT: interpolate between a pretrained and a fine-tuned model, for data that shift."""
     from pondera.merge import wise_ft_files
 
-    _print(wise_ft_files(pretrained, finetuned, to, alpha, shard_size=shard_size), as_json)
+    _print(
+        wise_ft_files(pretrained, finetuned, to, alpha, shard_size=shard_size, dtype=dtype, replace=replace), as_json
+    )
 
 
 @merge.command()
@@ -91,6 +126,8 @@ def bang(
     head: Annotated[list[str] | None, typer.Option(help="The classifier to scale, such as head; repeatable.")] = None,
     scale: Annotated[float, typer.Option(help="Factor on the fine-tuned classifier; below 1 calms it.")] = 1.0,
     shard_size: ShardSize = None,
+    dtype: Dtype = None,
+    replace: Replace = False,
     as_json: AsJson = False,
 ) -> None:
     """BANG: WiSE-FT with a fine-tuned model that is not too sure of itself.
@@ -101,7 +138,20 @@ def bang(
     """
     from pondera.merge import bang_files
 
-    _print(bang_files(pretrained, finetuned, to, alpha, head=head or (), scale=scale, shard_size=shard_size), as_json)
+    _print(
+        bang_files(
+            pretrained,
+            finetuned,
+            to,
+            alpha,
+            head=head or (),
+            scale=scale,
+            shard_size=shard_size,
+            dtype=dtype,
+            replace=replace,
+        ),
+        as_json,
+    )
 
 
 @merge.command()
@@ -117,6 +167,8 @@ def match(
     restarts: Annotated[int, typer.Option(help="Starts of the search; the best is kept.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the orders the search takes.")] = 0,
     shard_size: ShardSize = None,
+    dtype: Dtype = None,
+    replace: Replace = False,
     as_json: AsJson = False,
 ) -> None:
     """Weight matching: average two models trained from different seeds, the units of one put in order first.
@@ -140,10 +192,38 @@ def match(
         train, _ = loaded.data()
         known = trace_permutations(loaded.build().eval(), loaded.inputs(tuple(t[:8] for t in train)))
     draw = Generator().manual_seed(seed)
-    found, report = match_files(a, b, to, known, alpha=alpha, restarts=restarts, generator=draw, shard_size=shard_size)
+    found, report = match_files(
+        a,
+        b,
+        to,
+        known,
+        alpha=alpha,
+        restarts=restarts,
+        generator=draw,
+        shard_size=shard_size,
+        dtype=dtype,
+        replace=replace,
+    )
     if not as_json:
         print(found.summary())
     _print(report, as_json)
+
+
+@merge.command()
+def recipe(
+    file: Annotated[
+        Path, typer.Argument(help="YAML in mergekit's form; linear, model_stock, wise_ft or bang as merge_method.")
+    ],
+    to: Out,
+    shard_size: ShardSize = None,
+    dtype: Dtype = None,
+    replace: Replace = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge as a recipe file says; paths in it are seen from the current folder."""
+    from pondera.merge import merge_recipe
+
+    _print(merge_recipe(file, to, shard_size=shard_size, dtype=dtype, replace=replace), as_json)
 
 
 def _print(report: "MergeReport", as_json: bool) -> None:

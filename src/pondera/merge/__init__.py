@@ -26,6 +26,7 @@ from pondera.merge.orthogonal_merge import (
     orthogonal_dropout_merge,
     orthogonal_factors,
 )
+from pondera.merge.recipe import merge_recipe
 from pondera.merge.weight_matching import (
     ManyMatched,
     Matched,
@@ -60,6 +61,7 @@ __all__ = [
     "fuse_files",
     "match_files",
     "match_many",
+    "merge_recipe",
     "mixed_batches",
     "model_stock",
     "model_stock_files",

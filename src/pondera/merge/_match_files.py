@@ -4,14 +4,17 @@ import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
 from pondera._permute import PermutationSpec
 from pondera._safetensors import FileModel
 from pondera.errors import BadInput
-from pondera.merge._stream import MergeReport
-from pondera.merge.bang import wise_ft_files
+from pondera.merge._card import Told
+from pondera.merge._hub import located
+from pondera.merge._stream import MergeReport, merge_files
+from pondera.merge.bang import _interpolate
 from pondera.merge.weight_matching import Matched, weight_matching
 
 WHO = "match_files"
@@ -27,14 +30,16 @@ def match_files(
     restarts: int = 1,
     generator: Generator | None = None,
     shard_size: int | str | None = None,
+    dtype: str | torch.dtype | None = None,
+    replace: bool = False,
 ) -> tuple[Matched, MergeReport]:
     """`weight_matching` of the checkpoint `b` to the checkpoint `a`, and the way between the two.
 
     The match needs both models in memory, unlike every other merge here; writing does not.
 
     Args:
-        a, b: each a ``.safetensors`` file, the index of one in shards, or a folder with one of them.
-        out, shard_size: as in `fuse_files`.
+        a, b: each a file, an index, a folder or an id as in `fuse_files`.
+        out, shard_size, dtype, replace: as in `fuse_files`.
         spec: which units may change places; `PermutationSpec.from_json`, or `trace_permutations` on the model.
         alpha: 0.5 writes the average of a and the reordered b, 1 the reordered b itself.
         restarts, generator: as in `weight_matching`.
@@ -58,13 +63,17 @@ def match_files(
     if Path(out).resolve() in {Path(a).resolve(), Path(b).resolve()}:
         raise BadInput(f"{WHO} would write over {out}, which it reads; give another name")
     found = weight_matching(_whole(a), _whole(b), spec, restarts=restarts, generator=generator)
+    told = Told(f"weight matching of the second to the first (arXiv 2402.04051), then alpha {alpha:g}", inputs=[a, b])
     with TemporaryDirectory() as folder:
         reordered = Path(folder) / "reordered.safetensors"
         save_file({name: x.clone().contiguous() for name, x in found.state.items()}, reordered)
-        report = wise_ft_files(a, reordered, out, alpha, shard_size=shard_size)
+        report = merge_files(
+            "wise_ft", [a, reordered], out, _interpolate("wise_ft", alpha), shard_size=shard_size, dtype=dtype,
+            replace=replace, told=told,
+        )  # fmt: skip
     return found, report
 
 
 def _whole(path: str | Path) -> dict[str, Tensor]:
-    model = FileModel(path, WHO)
+    model = FileModel(located(path, WHO), WHO)
     return {n: model.read(n, 0, math.prod(shape)).reshape(shape).clone() for n, shape in model.shapes.items()}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +11,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from pondera.errors import BadInput, describe, require_finite, require_float
+from pondera.merge._card import Told
 from pondera.merge._stream import (
     Facts,
     MergedState,
@@ -51,13 +53,15 @@ def wise_ft_files(
     alpha: float = 0.5,
     *,
     shard_size: int | str | None = None,
+    dtype: str | torch.dtype | None = None,
+    replace: bool = False,
 ) -> MergeReport:
     """`wise_ft` on safetensors files, a few MiB at a time.
 
     Args:
-        pretrained, finetuned: each a ``.safetensors`` file, the index of one in shards, or a folder with one of them.
+        pretrained, finetuned: each a file, an index, a folder or an id as in `fuse_files`.
         alpha: the way to the fine-tuned model, 0 to 1.
-        out, shard_size: as in `fuse_files`.
+        out, shard_size, dtype, replace: as in `fuse_files`.
     Returns: what was written and how far each tensor moved.
     Raises: BadInput: as `wise_ft` and `fuse_files`.
     Paper: Wortsman et al. 2022, arXiv 2109.01903.
@@ -72,7 +76,10 @@ def wise_ft_files(
     tensor([0.2500, 0.2500])
     """
     rule = _interpolate("wise_ft", alpha)
-    return merge_files("wise_ft", [pretrained, finetuned], out, rule, shard_size=shard_size)
+    told = Told("WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903)", _recipe("wise_ft", {"alpha": float(alpha)}))
+    return merge_files(
+        "wise_ft", [pretrained, finetuned], out, rule, shard_size=shard_size, dtype=dtype, replace=replace, told=told
+    )
 
 
 # -- BANG -------------------------------------------------------------------------------------------------------------
@@ -173,13 +180,15 @@ def bang_files(
     head: str | Iterable[str] = (),
     scale: float = 1.0,
     shard_size: int | str | None = None,
+    dtype: str | torch.dtype | None = None,
+    replace: bool = False,
 ) -> MergeReport:
     """`bang` on safetensors files, a few MiB at a time.
 
     Args:
-        pretrained, finetuned: each a ``.safetensors`` file, the index of one in shards, or a folder with one of them.
+        pretrained, finetuned: each a file, an index, a folder or an id as in `fuse_files`.
         alpha, head, scale: as in `bang`.
-        out, shard_size: as in `fuse_files`.
+        out, shard_size, dtype, replace: as in `fuse_files`.
     Returns: what was written and how far each tensor moved.
     Raises: BadInput: as `bang` and `fuse_files`.
     Paper: Lin et al. 2023, arXiv 2309.17230 (ICLR 2024).
@@ -196,7 +205,24 @@ def bang_files(
     """
     head = _head(head, scale)
     rule = _interpolate("bang", alpha, head, scale)
-    return merge_files("bang", [pretrained, finetuned], out, rule, named=head, shard_size=shard_size)
+    asked = {"alpha": float(alpha)} | ({"head": head, "scale": float(scale)} if head else {})
+    told = Told("BANG (Lin et al. 2023, arXiv 2309.17230)", _recipe("bang", asked))
+    return merge_files(
+        "bang", [pretrained, finetuned], out, rule, named=head, shard_size=shard_size, dtype=dtype, replace=replace,
+        told=told,
+    )  # fmt: skip
+
+
+def _recipe(method: str, parameters: dict[str, Any]) -> Callable[[list[str]], dict[str, Any]]:
+    def recipe(names: list[str]) -> dict[str, Any]:
+        return {
+            "merge_method": method,
+            "base_model": names[0],
+            "models": [{"model": name} for name in names[1:]],
+            "parameters": parameters,
+        }
+
+    return recipe
 
 
 @torch.no_grad()

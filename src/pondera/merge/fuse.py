@@ -1,12 +1,15 @@
 """Fuse: the average of models fine-tuned from one base on different tasks, as a better base."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from pondera.errors import BadInput
+from pondera.merge._card import Told
 from pondera.merge._stream import Facts, MergedState, MergeReport, Part, Rule, State, blocks, merge_files, merge_states
 
 
@@ -49,18 +52,25 @@ def fuse_files(
     *,
     drop: str | Iterable[str] = (),
     shard_size: int | str | None = None,
+    dtype: str | torch.dtype | None = None,
+    replace: bool = False,
 ) -> MergeReport:
     """`fuse` on safetensors files, a few MiB at a time, whatever the size of the models.
 
     Args:
-        models: each a ``.safetensors`` file, the ``.safetensors.index.json`` of one in shards, or a folder with one of them.
-        out: the ``.safetensors`` file to write; with `shard_size` a new folder. It appears whole at the end, or not at all.
+        models: each a ``.safetensors`` file, the ``.safetensors.index.json`` of one in shards, a folder with one of them, or
+            the id of a model in the local cache of Hugging Face's hub (``org/name``, ``org/name@revision``).
+        out: the ``.safetensors`` file to write; a new folder where the first model is no single file, with its config and
+            tokenizer and a model card, and with `shard_size`. It appears whole at the end, or not at all.
         weights, drop: as in `fuse`.
-        shard_size: bytes of a shard at most (one tensor at least), or words such as "5GB". Shards and index are called as
-            Hugging Face calls them.
+        shard_size: bytes of a shard at most (one tensor at least), or words such as "5GB"; "50GB" by default, as
+            transformers 5 has it. Shards and index are called as Hugging Face calls them.
+        dtype: of the floating-point numbers written, such as "bfloat16"; by default each tensor's in the first model.
+        replace: replace a folder that exists, if there is a model in it.
     Returns: what was written and how far each tensor moved.
     Raises: BadInput: as `fuse`; also for a file that is missing, truncated or no safetensors, and an `out` that is read,
-        lies in no folder or, as a folder, exists.
+        lies in no folder or, as a folder, exists; for a
+        model that is not in the hub's cache, naming the command that brings it.
     Paper: Choshen et al. 2022, arXiv 2204.03044.
 
     >>> import torch
@@ -74,7 +84,21 @@ def fuse_files(
     tensor([1., 1.])
     """
     rule = _average("fuse", len(models), weights)
-    return merge_files("fuse", models, out, rule, drop=drop, shard_size=shard_size)
+    told = Told("fuse, a weighted average (Choshen et al. 2022, arXiv 2204.03044)", _recipe(weights, drop))
+    return merge_files(
+        "fuse", models, out, rule, drop=drop, shard_size=shard_size, dtype=dtype, replace=replace, told=told
+    )
+
+
+def _recipe(weights: Sequence[float] | None, drop: str | Iterable[str]) -> Callable[[list[str]], dict[str, Any]]:
+    drop = [drop] if isinstance(drop, str) else list(drop)
+
+    def recipe(names: list[str]) -> dict[str, Any]:
+        a = [1.0] * len(names) if weights is None else [float(x) for x in weights]
+        models = [{"model": name, "parameters": {"weight": x}} for name, x in zip(names, a)]
+        return {"merge_method": "linear", "models": models} | ({"parameters": {"drop": drop}} if drop else {})
+
+    return recipe
 
 
 def _average(who: str, n: int, weights: Sequence[float] | None) -> Rule:
@@ -88,6 +112,11 @@ def _average(who: str, n: int, weights: Sequence[float] | None) -> Rule:
 
     def rule(parts: list[Part], facts: Facts) -> Iterator[Tensor]:
         for W in blocks(parts):
-            yield sum(W[1:], W[0]) / n if a is None else sum((x * w for x, w in zip(a[1:], W[1:])), a[0] * W[0])
+            if a is not None:
+                yield sum((x * w for x, w in zip(a[1:], W[1:])), a[0] * W[0])
+            elif n & (n - 1):
+                yield sum(W[1:], W[0]).div_(n)
+            else:  # by a power of two the product is the quotient, and quicker
+                yield sum(W[1:], W[0]).mul_(1 / n)
 
     return rule

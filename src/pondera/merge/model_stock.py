@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from pondera.errors import BadInput
+from pondera.merge._card import Told
 from pondera.merge._stream import Facts, MergedState, MergeReport, Part, Rule, State, blocks, merge_files, merge_states
 
 
@@ -57,13 +59,15 @@ def model_stock_files(
     *,
     filter_wise: bool = False,
     shard_size: int | str | None = None,
+    dtype: str | torch.dtype | None = None,
+    replace: bool = False,
 ) -> MergeReport:
     """`model_stock` on safetensors files, a few MiB at a time: each model is read twice, once for the angle.
 
     Args:
-        pretrained, finetuned: each a ``.safetensors`` file, the index of one in shards, or a folder with one of them.
+        pretrained, finetuned: each a file, an index, a folder or an id as in `fuse_files`.
         filter_wise: as in `model_stock`.
-        out, shard_size: as in `fuse_files`.
+        out, shard_size, dtype, replace: as in `fuse_files`.
     Returns: what was written, with t and cos of each tensor.
     Raises: BadInput: as `model_stock` and `fuse_files`.
     Paper: Jang et al. 2024, arXiv 2403.19522 (ECCV 2024).
@@ -78,9 +82,17 @@ def model_stock_files(
     >>> model_stock_files(w0, [w1, w2], out).tensors[0].facts["t"]
     1.0
     """
+
+    def recipe(names: list[str]) -> dict[str, Any]:
+        models = [{"model": name} for name in names[1:]]
+        asked = {"merge_method": "model_stock", "base_model": names[0], "models": models}
+        return asked | ({"parameters": {"filter_wise": True}} if filter_wise else {})
+
+    told = Told("Model Stock (Jang et al. 2024, arXiv 2403.19522)", recipe)
     return merge_files(
-        "model_stock", [pretrained, *finetuned], out, _stock(filter_wise), least=3, shard_size=shard_size
-    )
+        "model_stock", [pretrained, *finetuned], out, _stock(filter_wise), least=3, shard_size=shard_size, dtype=dtype,
+        replace=replace, told=told,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -142,7 +154,7 @@ def _stock(filter_wise: bool) -> Rule:
             for W in blocks(parts, max(1, row)):
                 every.append(_mean_cos(_gram(W, row)))
                 t = ratio(every[-1], n).to(W[0]).repeat_interleave(row)
-                yield W[0] + t * (sum(W[2:], W[1]) / n - W[0])
+                yield (sum(W[2:], W[1]) / n).sub_(W[0]).mul_(t).add_(W[0])
             cos = torch.cat(every) if every else torch.zeros(1)
         else:
             gram = torch.zeros(1, n, n, dtype=torch.float64)
@@ -151,7 +163,7 @@ def _stock(filter_wise: bool) -> Rule:
             cos = _mean_cos(gram)
             far = float(ratio(cos, n))
             for W in blocks(parts):
-                yield W[0] + far * (sum(W[2:], W[1]) / n - W[0])
+                yield (sum(W[2:], W[1]) / n).sub_(W[0]).mul_(far).add_(W[0])
         facts |= {"t": float(ratio(cos, n).mean()), "cos": float(cos.mean()), "clamped": float((cos < 0).sum())}
 
     return rule
