@@ -65,8 +65,9 @@ def by_singular_values(model: nn.Module) -> Tensor:
 
 @claim(
     "It costs next to nothing a step",
-    source="abstract; the criterion of 2% is the catalogue's",
-    criterion="median time of a step of a batch-128 CNN with the penalty at most 1.02 of that without, interleaved",
+    source="abstract; the criterion of 2% is the catalogue's, the second part ours: beside convolutions nothing costs much",
+    criterion="median over neighbouring pairs of the time of a step of a batch-128 CNN with the penalty at most 1.02 of that without; "
+    "and on a weight of 1024 x 1024 it takes, with its gradient, at most 10 times as long as the sum of squares does",
     budget="full",
     method=norm_loss,
     sham=Sham("a penalty on all singular values", by_singular_values),
@@ -91,7 +92,29 @@ def overhead_is_small(lab: Lab, penalty: Penalty) -> Finding:
     times = [(step(0.0), step(0.01)) for _ in range(60)][5:]
     ratios = sorted(b / a for a, b in times)  # of neighbours, which share what else the machine does
     ratio = ratios[len(ratios) // 2]
-    return conclude(ratio <= 1.02, ratio=ratio, quartiles=[ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]])
+    beside_squares = sorted(alone(penalty) / alone(squares) for _ in range(5))[2]
+    return conclude(
+        {"next to nothing beside convolutions": ratio <= 1.02, "a few passes over the numbers": beside_squares <= 10},
+        ratio=ratio,
+        quartiles=[ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
+        beside_sum_of_squares=beside_squares,
+    )
+
+
+def squares(model: nn.Module) -> Tensor:
+    return sum(p.square().sum() for p in model.parameters())  # type: ignore[return-value]
+
+
+def alone(penalty: Penalty) -> float:
+    """Median seconds of the penalty and its gradient on one square layer."""
+    torch.manual_seed(0)
+    net = nn.Linear(1024, 1024, bias=False)
+    seen: list[float] = []
+    for _ in range(4):
+        began = time.perf_counter()
+        torch.autograd.grad(penalty(net), [net.weight])
+        seen.append(time.perf_counter() - began)
+    return sorted(seen[1:])[1]
 
 
 FACTORS = (1e-4, 1e-3, 1e-2, 1e-1)
