@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pondera.papers import Paper, catalogue, status
+from pondera.papers import Paper, catalogue, evidence, status
 from pondera.papers.page import findings, ours, page, replicated, text
 
 ORPHAN = "---\norphan: true\n---\n\n"  # planned pages are found by list and search; the sidebar holds what can be used
@@ -323,9 +323,8 @@ def _verdicts(p: Paper) -> str:
     """The status; for tested ones with how many claims came out which way."""
     if status(p) != "tested":
         return status(p)
-    found = [r["verdict"] for r in replicated(p.key)]
-    words = [f"{found.count(v)} {v}" for v in ("holds", "fails", "not shown here") if v in found]
-    return f"tested: {', '.join(words)}"
+    words = [f"{n} {v}" for v, n in evidence.counts(p.key).items()]
+    return f"tested: {', '.join(words)}" + "; stale" * bool(evidence.stale(p.key))
 
 
 def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -367,8 +366,8 @@ def _auto(path: str, value: Any) -> str:
 
 def _pictures(to: Path) -> dict[Path, Path]:
     """Figures of the evidence, by where they go; only those a page shows."""
+    from pondera._sources import evidence_folder
     from pondera.replications import room
-    from pondera.replications._claims import evidence_folder
 
     shown = {(p.key, name) for p in catalogue() for r in replicated(p.key) for name in r.get("figures", [])}
     return {

@@ -137,7 +137,7 @@ def test_evidence_becomes_a_table_figures_and_notes(monkeypatch: pytest.MonkeyPa
         "measured": {"the_gap": gap, "each": [1.0] * 9},
         "versions": dict.fromkeys(("torch", "python", "pondera"), "1"),
     }
-    monkeypatch.setattr(pondera.replications, "evidence", lambda key: {"key": key, "claims": [record]})
+    monkeypatch.setattr("pondera.papers.evidence.recorded", lambda key: [record])
     made = page(paper("norm-loss"), site=True)
     text = words(made)
     assert "|norm - 1| < 0.05 * a" in text

@@ -337,7 +337,7 @@ def copy_of_pondera(tmp_path, monkeypatch):
     shutil.copytree(
         Path(pondera.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__", "papers", "*.safetensors")
     )
-    monkeypatch.setattr(fingerprint, "__file__", str(copy / "lab" / "fingerprint.py"))
+    monkeypatch.setattr("pondera._sources.__file__", str(copy / "_sources.py"))
     return copy
 
 

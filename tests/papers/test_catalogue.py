@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from pondera._sources import evidence_folder
 from pondera.errors import BadInput
 from pondera.papers import catalogue, instead, paper, replications, status, to_reproduce
+from pondera.papers import evidence as found_by
 from pondera.replications import evidence, keys, room
-from pondera.replications._claims import evidence_folder
 
 ROOMS = ("init", "parametrize", "nn", "penalties", "optim", "probe", "adapters", "merge")
 
@@ -135,3 +136,23 @@ def test_a_planned_row_has_nothing_to_reproduce():
 def test_unknown_key_names_the_nearest():
     with pytest.raises(BadInput, match="did you mean lsuv"):
         paper("lsvu")
+
+
+def test_headlines_agree_with_verdicts():
+    for p in catalogue():
+        assert bool(p.came_to) == bool(p.headline), p.key
+        if not p.came_to:
+            continue
+        assert p.came_to in found_by.HEADLINES, p.key
+        assert len(p.headline) > 20, p.key
+        found = found_by.counts(p.key)
+        needed = {
+            "helps": ("holds",),
+            "exact": ("holds",),
+            "only when": ("holds",),
+            "no gain shown": ("refuted", "undecided", "fails"),
+            "not testable here": ("not testable here",),
+        }[p.came_to]
+        assert any(o in found for o in needed), f"{p.key}: {p.came_to}, and its claims: {found}"
+        assert p.came_to != "not testable here" or len(found) == 1, p.key
+        assert not found_by.stale(p.key), f"{p.key}: a headline needs evidence that fits its sources"

@@ -84,7 +84,7 @@ def list_(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the catalogue's papers."""
-    from pondera.papers import STATUSES, catalogue
+    from pondera.papers import STATUSES, catalogue, evidence
     from pondera.papers import status as status_of
 
     rooms = sorted({p.room for p in catalogue()})
@@ -98,12 +98,20 @@ def list_(
     if as_json:
         print(
             json.dumps(
-                [{"key": p.key, "room": p.room, "status": s, "title": p.title, "objects": p.objects} for p, s in rows]
+                [
+                    {"key": p.key, "room": p.room, "status": s, "title": p.title, "objects": p.objects}
+                    | {"came_to": p.came_to, "headline": p.headline}
+                    | {"outcomes": evidence.counts(p.key), "stale": evidence.stale(p.key)}
+                    for p, s in rows
+                ]
             )
         )
         return
-    lines = [("key", "room", "status", "title"), *((p.key, p.room, s, p.title) for p, s in rows)]
-    widths = [max(map(len, column)) for column in list(zip(*lines))[:3]]
+    lines = [
+        ("key", "room", "status", "came to", "title"),
+        *((p.key, p.room, s + ", stale" * bool(evidence.stale(p.key)), p.came_to, p.title) for p, s in rows),
+    ]
+    widths = [max(map(len, column)) for column in list(zip(*lines))[:4]]
     for *short, title in lines:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(short, widths)), title]))
     print(f"{len(rows)} papers")
@@ -126,7 +134,7 @@ def search(
     for hit in hits:
         p = hit.paper
         typer.echo(f"{typer.style(p.key, bold=True)}  {p.title}  {typer.style(f'({p.room}, {status(p)})', dim=True)}")
-        typer.echo(f"    {p.use}")
+        typer.echo(f"    {p.came_to}: {p.headline}" if p.came_to else f"    {p.use}")
 
 
 @app.command()
@@ -377,8 +385,18 @@ def reproduce(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Repeats of stochastic claims, at least 5.")] = 5,
     save: Annotated[Path | None, typer.Option(help="Folder to record evidence in, by room.")] = None,
+    sham: Annotated[
+        bool,
+        typer.Option("--sham", help="Try each claim on its sham as well, in the method's place; it must not hold."),
+    ] = False,
+    store: Annotated[
+        str | None, typer.Option(help="Where comparisons keep finished runs, so that a killed one goes on.")
+    ] = None,
 ) -> None:
-    """Re-run the claims of papers here, and say which hold."""
+    """Re-run the claims of papers here, and say which hold.
+
+    The exit status is 1 where a claim is refuted, or holds for its sham; what is undecided or cannot be tested here is no failure.
+    """
     from pondera.papers import catalogue, to_reproduce
     from pondera.papers import replications as replicated
 
@@ -402,7 +420,7 @@ def reproduce(
     from pondera import replications
 
     failed = False
-    table = new_table("key", "claim", "verdict", "measured", title="Claims re-run")
+    colours = {"holds": "green", "refuted": "red", "fails": "red"}
     for key in dict.fromkeys(chosen):
         record = replications.reproduce(
             key,
@@ -410,15 +428,16 @@ def reproduce(
             only=claim or (),
             n_seeds=seeds,
             out=save,
+            sham=sham,
+            store=store,
             said=lambda line: console().print(f"[dim]{escape(line)}[/dim]"),
         )
         for c in record["claims"]:
-            colour = {"holds": "green", "fails": "red"}.get(c["verdict"], "yellow")
-            failed |= c["verdict"] == "fails"
-            table.add_row(
-                key, escape(c["claim"]), f"[{colour}]{c['verdict']}[/{colour}]", escape(_figures(c["measured"]))
-            )
-    console().print(table)
+            failed |= c["verdict"] in ("refuted", "fails") or c.get("sham", {}).get("verdict") == "holds"
+            colour = colours.get(c["verdict"], "yellow")
+            console().print(f"\n[bold]{key}[/bold]: {escape(c['claim'])}  [{colour}]{c['verdict']}[/{colour}]")
+            for line in _finding(c):
+                console().print(f"    {escape(line)}", highlight=False)
     if failed:
         raise typer.Exit(1)
 
@@ -497,15 +516,30 @@ def _number(x: float, how: str = ".4f") -> str:
     return format(x, how) if math.isfinite(x) else "-"
 
 
-def _figures(measured: dict[str, Any]) -> str:
-    parts = []
-    for k, v in measured.items():
-        if isinstance(v, dict) and "low" in v:
-            v = f"{v['mean']:.4g} [{v['low']:.4g}, {v['high']:.4g}]"
-        elif isinstance(v, (list, dict)) and len(v) > 4:
-            continue
-        parts.append(f"{k} {v}")
-    return "; ".join(parts)
+def _finding(c: dict[str, Any]) -> list[str]:
+    """Everything a claim's run found, as lines: parts, figures, the note, the sham."""
+    lines = [f"asked for: {c['criterion']}"]
+    lines += [
+        f"{name}: {part['outcome']}" + (f" ({part['says']})" if part["says"] else "")
+        for name, part in c.get("parts", {}).items()
+    ]
+    lines += [f"{name.replace('_', ' ')}: {_figure(value)}" for name, value in c["measured"].items()]
+    lines += [c["note"]] if c["note"] else []
+    sham = c.get("sham", {})
+    if "verdict" in sham:
+        told = "; it must not, so this claim shows nothing" if sham["verdict"] == "holds" else ""
+        lines.append(f"its sham, {sham['what']}: {sham['verdict']}{told}")
+    return lines
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, dict) and {"mean", "low", "high", "n"} <= value.keys():
+        return f"{value['mean']:.4g} [{value['low']:.4g}, {value['high']:.4g}], n = {value['n']}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_figure(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return " ".join(_figure(v) for v in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _packages_of_recipes(given: Iterable[str]) -> list[str]:

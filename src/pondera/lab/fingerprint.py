@@ -8,7 +8,6 @@ Not covered: names computed at run time, files of data, and code the text opens 
 own hash, see `data_hash`.
 """
 
-import ast
 import functools
 import hashlib
 import inspect
@@ -30,14 +29,14 @@ from urllib.request import url2pathname
 import torch
 from torch import Tensor
 
+from pondera import _sources
 from pondera.errors import BadInput
 
 CHUNK = 2**24  # bytes of a tensor that may be copied at once
-DIGITS = 16
-_SELF = "pondera"
-_APART = tuple(f"{_SELF}.{part}" for part in ("lab", "report", "cli", "papers", "replications"))  # no method's numbers
+_APART = tuple(
+    f"{_sources.SELF}.{part}" for part in ("lab", "report", "cli", "papers", "replications")
+)  # no method's numbers
 _SHAPES_ONLY = {"jaxtyping", "beartype", "typing_extensions"}  # annotations: another version gives the same numbers
-_BY_NAME = {"import_module", "__import__", "find_spec", "files"}  # functions that are given a module's name
 _INSTALLED = {"site-packages", "dist-packages"}
 _STDLIB = tuple({os.path.realpath(p) for k, p in sysconfig.get_paths().items() if k in ("stdlib", "platstdlib")})
 
@@ -69,7 +68,7 @@ def local_sources(source: str, path: str) -> dict[str, str]:
     >>> list(local_sources("import torch, my_layers", str(folder / "task.py")))
     ['my_layers']
     """
-    return _walk(_statements_of(source), _search_path(path))[0]
+    return _walk(_sources.statements_of(source), _search_path(path))[0]
 
 
 def imported_packages(source: str, path: str) -> list[str]:
@@ -82,7 +81,7 @@ def imported_packages(source: str, path: str) -> list[str]:
     >>> imported_packages("import math, sklearn.datasets\\nfrom torch import nn", "task.py")
     ['sklearn', 'torch']
     """
-    return sorted(_walk(_statements_of(source), _search_path(path))[1])
+    return sorted(_walk(_sources.statements_of(source), _search_path(path))[1])
 
 
 def packages(names: Iterable[str]) -> dict[str, str]:
@@ -121,7 +120,7 @@ def module_sources(obj: Any) -> str:
     name = module.__name__ if module else ""
     file = getattr(module, "__file__", None)
     top = name.partition(".")[0]
-    if top == _SELF:
+    if top == _sources.SELF:
         found, outside = _own(name)
     elif (
         top == "torch"
@@ -133,7 +132,7 @@ def module_sources(obj: Any) -> str:
         return ",".join(f"{d}=={v}" for d, v in versions.items())
     elif module and file:
         # a file that no distribution knows is local wherever it lies
-        read = _read(file)
+        read = _sources.read(file)
         search = _search_path(_root(module, file))
         found, outside = _walk(read.statements, search, package=module.__package__ or "", local=top)
         found[name] = read.digest
@@ -146,38 +145,10 @@ def module_sources(obj: Any) -> str:
                 f"{what} of {name or 'no module'} has no source that can be read, so a change of it could not be noticed; "
                 "put it into a file"
             ) from None
-        found, outside = _walk(_statements_of(text), _search_path("session.py"))
-        found[name] = _digest(text.encode())
+        found, outside = _walk(_sources.statements_of(text), _search_path("session.py"))
+        found[name] = _sources.digest(text.encode())
     versions = packages(outside - _SHAPES_ONLY)
-    return _digest(json.dumps([sorted(found.items()), sorted(versions.items())]).encode())
-
-
-@dataclass(frozen=True)
-class _Statement:
-    """One import: ``from ..module import names`` with `level` dots, or ``import module`` with no names. A name comes with
-    what it is bound to."""
-
-    level: int
-    module: str
-    names: tuple[tuple[str, str], ...] = ()
-
-    def absolute(self, package: str) -> str | None:
-        """The module's full name, seen from `package`; None when the dots lead out of it."""
-        if not self.level:
-            return self.module
-        parts = package.split(".") if package else []
-        if self.level > len(parts):
-            return None
-        return ".".join([*parts[: len(parts) - self.level + 1], *filter(None, [self.module])])
-
-
-@dataclass(frozen=True)
-class _File:
-    """What a module's file holds. exports: its `__all__` where that is a literal, for ``from package import *``."""
-
-    digest: str
-    statements: tuple[_Statement, ...] = ()
-    exports: tuple[str, ...] = ()
+    return _sources.digest(json.dumps([sorted(found.items()), sorted(versions.items())]).encode())
 
 
 @dataclass(frozen=True)
@@ -190,7 +161,7 @@ class _Found:
 
 
 def _walk(
-    statements: Iterable[_Statement], search: list[str], package: str = "", local: str = ""
+    statements: Iterable[_sources.Statement], search: list[str], package: str = "", local: str = ""
 ) -> tuple[dict[str, str], set[str]]:
     """Hashes of the local modules behind the statements, and the top-level names of what is installed (or nowhere).
 
@@ -221,7 +192,7 @@ def _walk(
         top = name.partition(".")[0]
         found = find(top)
         if found is None or found.place == "installed":
-            if top != _SELF and top not in sys.stdlib_module_names:
+            if top != _sources.SELF and top not in sys.stdlib_module_names:
                 outside.add(top)
             continue
         if found.place != "local":
@@ -231,18 +202,18 @@ def _walk(
             todo.append(parent)  # a package's __init__ runs on the way to what is in it
         if last == "*":
             here = find(parent)
-            exports = _read(here.file).exports if here and here.file else ()
+            exports = _sources.read(here.file).exports if here and here.file else ()
             todo.extend(f"{parent}.{e}" for e in exports)
             continue
         here = find(name)
         if here and here.file:
-            read = _read(here.file)
+            read = _sources.read(here.file)
             hashes[name] = read.digest
             todo.extend(_names(read.statements, name if here.inside is not None else parent))
     return dict(sorted(hashes.items())), outside
 
 
-def _names(statements: Iterable[_Statement], package: str) -> Iterator[str]:
+def _names(statements: Iterable[_sources.Statement], package: str) -> Iterator[str]:
     """Every name the statements may stand for, modules and what may be modules in them."""
     for s in statements:
         module = s.absolute(package)
@@ -258,7 +229,7 @@ def _search_path(path: str) -> list[str]:
 
 
 def _find_top(name: str, search: list[str], local: str) -> _Found | None:
-    if name == _SELF or name in sys.builtin_module_names:
+    if name == _sources.SELF or name in sys.builtin_module_names:
         return _Found("python")
     found = _look_up(name, search)
     if found is None and name not in sys.stdlib_module_names:
@@ -299,57 +270,6 @@ def _root(module: ModuleType, file: str) -> str:
     return str(path)
 
 
-def _read(file: str) -> _File:
-    try:
-        at = os.stat(file)
-        return _parsed(file, at.st_mtime_ns, at.st_size, at.st_ctime_ns)  # ctime: a copy may keep the other two
-    except OSError as error:
-        raise BadInput(f"the module file {file} cannot be read: {error.strerror or type(error).__name__}") from None
-
-
-@lru_cache(maxsize=8192)
-def _parsed(file: str, mtime_ns: int, size: int, ctime_ns: int) -> _File:
-    content = Path(file).read_bytes()
-    if not file.endswith((".py", ".pyw")):  # compiled: its bytes are all there is
-        return _File(_digest(content))
-    try:
-        tree = ast.parse(content)
-    except (SyntaxError, ValueError, RecursionError):
-        return _File(_digest(content))
-    return _File(_digest(content), tuple(_statements(tree)), tuple(_exports(tree)))
-
-
-@lru_cache(maxsize=64)
-def _statements_of(source: str) -> tuple[_Statement, ...]:
-    try:
-        return tuple(_statements(ast.parse(source)))
-    except (SyntaxError, ValueError, RecursionError):
-        return ()
-
-
-def _statements(tree: ast.AST) -> Iterator[_Statement]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (_Statement(0, a.name) for a in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield _Statement(node.level, node.module or "", tuple((a.name, a.asname or a.name) for a in node.names))
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            name = node.args[0].value
-            if called in _BY_NAME and isinstance(name, str) and name.strip("."):
-                bare = name.lstrip(".")
-                yield _Statement(len(name) - len(bare), bare)
-
-
-def _exports(tree: ast.Module) -> Iterator[str]:
-    for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(isinstance(t, ast.Name) and t.id == "__all__" for t in targets):
-            value = getattr(node, "value", None)
-            if isinstance(value, (ast.List, ast.Tuple)):
-                yield from (e.value for e in value.elts if isinstance(e, ast.Constant) and isinstance(e.value, str))
-
-
 # -- pondera's own modules --------------------------------------------------------------------------------------------
 
 
@@ -364,48 +284,24 @@ def _own(start: str) -> tuple[dict[str, str], set[str]]:
     todo = [start]
     while todo:
         name = todo.pop()
-        file = _own_file(name)
+        file = _sources.own_file(name)
         if name in hashes or file is None or (name != start and _apart(name)):
             continue
-        read = _read(str(file))
+        read = _sources.read(str(file))
         hashes[name] = read.digest
-        package = _package(name, file)
+        package = _sources.package_of(name, file)
         for s in read.statements:
             module = s.absolute(package)
             top = (module or "").partition(".")[0]
             if not module or top in sys.stdlib_module_names:
                 continue
-            if top != _SELF:
+            if top != _sources.SELF:
                 outside.add(top)
             elif s.names:
-                todo.extend(_home(module, bound) for bound, _ in s.names)
+                todo.extend(_sources.home(module, bound) for bound, _ in s.names)
             else:
                 todo.append(module)
     return hashes, outside
-
-
-def _home(module: str, name: str, depth: int = 0) -> str:
-    """The module of pondera that ``from module import name`` takes it from."""
-    if _own_file(f"{module}.{name}"):
-        return f"{module}.{name}"
-    file = _own_file(module)
-    if file is None or file.name != "__init__.py" or depth > 8:
-        return module
-    for s in _read(str(file)).statements:
-        source = s.absolute(module)
-        for original, bound in s.names:
-            if bound == name and source and source.startswith(f"{_SELF}."):
-                return _home(source, original, depth + 1)
-    return module
-
-
-def _own_file(name: str) -> Path | None:
-    base = Path(__file__).parents[1].joinpath(*name.split(".")[1:])
-    return next((f for f in (base / "__init__.py", base.with_suffix(".py")) if f.is_file()), None)
-
-
-def _package(name: str, file: Path) -> str:
-    return name if file.name == "__init__.py" else name.rpartition(".")[0]
 
 
 def _apart(name: str) -> bool:
@@ -428,7 +324,7 @@ def _checkouts(search: tuple[str, ...]) -> tuple[str, ...]:
     for distribution in metadata.distributions():
         try:
             about = json.loads(distribution.read_text("direct_url.json") or "{}")
-            if about.get("dir_info", {}).get("editable") and distribution.metadata["Name"] != _SELF:
+            if about.get("dir_info", {}).get("editable") and distribution.metadata["Name"] != _sources.SELF:
                 root = url2pathname(urlsplit(about["url"]).path)
                 folders |= {root: None, os.path.join(root, "src"): None}
         except (OSError, ValueError, KeyError, AttributeError):
@@ -461,7 +357,7 @@ def data_hash(*batches: tuple[Tensor, ...]) -> str:
             state.update(f"{x.dtype}{list(x.shape)}{x.layout};".encode())
             for part in _dense(x.detach()):
                 _add(state.update, part)
-    return state.hexdigest()[:DIGITS]
+    return state.hexdigest()[: _sources.DIGITS]
 
 
 def _dense(x: Tensor) -> list[Tensor]:
@@ -485,7 +381,3 @@ def _add(update: Callable[[memoryview], None], x: Tensor) -> None:
     x = x.resolve_conj().resolve_neg().cpu().contiguous()
     flat = x.as_strided((x.numel(),), (1,))  # one entry is contiguous at any stride, and no bytes to torch but at 1
     update(memoryview(flat.view(torch.uint8).numpy()))
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:DIGITS]

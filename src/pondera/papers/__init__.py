@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from pondera import _sources
 from pondera.errors import BadInput, nearest
 from pondera.papers.search import Hit, squash
 from pondera.papers.search import search as _ranked
@@ -30,7 +31,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 @dataclass(frozen=True)
 class Paper:
     """One row. objects: dotted paths of the public objects, empty until built. words: what a newcomer would type.
-    symptoms: what one sees go wrong where the paper is of help, for the search."""
+    symptoms: what one sees go wrong where the paper is of help, for the search. came_to: what its replication came to, one
+    of `evidence.HEADLINES`, with the sentence to act on in `headline`."""
 
     key: str
     title: str
@@ -44,6 +46,8 @@ class Paper:
     objects: tuple[str, ...]
     notes: str
     symptoms: tuple[str, ...] = ()
+    came_to: str = ""
+    headline: str = ""
 
     @property
     def url(self) -> str:
@@ -140,7 +144,7 @@ def status(p: Paper) -> str:
     if not p.objects:
         return "planned"
     room = replications().get(p.key)
-    return "tested" if room and (_evidence() / room / f"{p.key}.json").is_file() else "built"
+    return "tested" if room and (_sources.evidence_folder() / room / f"{p.key}.json").is_file() else "built"
 
 
 def instead(p: Paper, k: int = 3) -> list[Paper]:
@@ -162,12 +166,6 @@ def search(query: str, k: int = 5, papers: Sequence[Paper] | None = None) -> lis
     'weight-selection'
     """
     return _ranked(query, catalogue() if papers is None else papers, k)
-
-
-def _evidence() -> Path:
-    """Where the replications' evidence lies: beside the package where it is installed, else in the checkout."""
-    packaged = _PACKAGE / "_evidence"
-    return packaged if packaged.is_dir() else _PACKAGE.parents[1] / "evidence"
 
 
 def _resolve(path: str) -> Any:

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from pondera.errors import missing_extra
-from pondera.papers import Paper, catalogue, instead, replications, status
+from pondera.papers import Paper, catalogue, evidence, instead, replications, status
 
 __all__ = ["Snippet", "commands", "findings", "page", "replicated", "snippets"]
 
@@ -86,9 +86,9 @@ def commands(paper: Paper) -> list[str]:
 
 def replicated(key: str) -> list[dict[str, Any]]:
     """One record a claim: from the evidence where it was run, else as stated in the replication with verdict ''."""
-    from pondera.replications import claims, evidence, keys
+    from pondera.replications import claims, keys
 
-    recorded = {c["name"]: c for c in (evidence(key) or {"claims": []})["claims"]}
+    recorded = {c["name"]: c for c in evidence.recorded(key)}
     if key not in keys():
         return list(recorded.values())
     try:
@@ -111,7 +111,8 @@ def _head(paper: Paper, site: bool) -> str:
     where = f"[arXiv {paper.arxiv}]({paper.url})" if paper.arxiv else "not on arXiv"
     return (
         f"# {paper.key}\n\n*{text(paper.title)}* ({paper.year}), {where}.\n\n"
-        f"**Room:** {room}. **Status:** {STATUS[status(paper)]}.\n\n{text(paper.summary)}"
+        + (f"**{paper.came_to.capitalize()}.** {text(paper.headline)}\n\n" if paper.came_to else "")
+        + f"**Room:** {room}. **Status:** {STATUS[status(paper)]}.\n\n{text(paper.summary)}"
     )
 
 
@@ -171,12 +172,14 @@ def findings(key: str, *, site: bool = False) -> str:
     rows = ["| | Claim | Source | Criterion, fixed before the run | Verdict |", "|---|---|---|---|---|"]
     details = []
     for i, r in enumerate(records, 1):
-        verdict = f"**{r['verdict']}**" if r["verdict"] else "not run yet"
+        verdict = f"**{evidence.outcome(r)}**" if r["verdict"] else "not run yet"
+        if r["verdict"] and not evidence.fits(key, r):
+            verdict += " (stale)"
         rows.append(f"| {i} | {_cell(r['claim'])} | {_cell(r['source'])} | {_cell(r['criterion'])} | {verdict} |")
-        said = figures(r["measured"])
-        note = text(r["note"]).strip()
-        if said or note:
-            details.append(f"{i}. " + "; ".join(said) + (". " if said and note else "") + note)
+        said = "; ".join(figures(r["measured"]))
+        lines = [said and f"{said}.", text(r["note"]).strip(), *_parts(r)]
+        if any(lines):
+            details.append(f"{i}. " + "\n   ".join(line for line in lines if line))
     parts = ["\n".join(rows)]
     if details:
         parts += ["Measured, by claim:", "\n".join(details)]
@@ -186,6 +189,18 @@ def findings(key: str, *, site: bool = False) -> str:
         for name in r.get("figures", [])
     ]
     return "\n\n".join(parts)
+
+
+def _parts(record: dict[str, Any]) -> list[str]:
+    """The parts of a claim, each with its outcome, and what came of its sham, as lines of a list."""
+    found = [
+        f"- {text(name)}: **{part['outcome']}**" + (f" ({text(part['says'])})" if part["says"] else "")
+        for name, part in record.get("parts", {}).items()
+    ]
+    sham = record.get("sham", {})
+    if "verdict" in sham:
+        found.append(f"- In its place, where it must not hold, {text(sham['what'])}: **{sham['verdict']}**")
+    return ["", *found] if found else []
 
 
 def _reproduce(paper: Paper) -> str:
@@ -203,6 +218,12 @@ def _reproduce(paper: Paper) -> str:
             f"\n\nThe recorded run took {took:.0f} s with torch {v['torch']}, Python {v['python']} "
             f"and pondera {v['pondera']}."
         )
+        old = sum(not evidence.fits(paper.key, r) for r in ran)
+        if old:
+            when += (
+                f" {'It is' if old == len(ran) else f'{old} of {len(ran)} claims are'} *stale*: recorded by an older rule, or from "
+                "sources that have changed since."
+            )
     home, module = replications()[paper.key], paper.key.replace("-", "_")
     return (
         "## Reproduce it\n\n```console\n" + "\n".join(lines) + "\n```\n\n"

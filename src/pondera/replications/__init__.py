@@ -2,12 +2,9 @@
 
 from pondera.replications._claims import (
     Claim,
-    Effect,
-    Finding,
-    Lab,
+    Sham,
     claim,
     claims,
-    effect,
     evidence,
     judge,
     keys,
@@ -15,19 +12,42 @@ from pondera.replications._claims import (
     reproduce,
     room,
 )
+from pondera.replications._lab import Lab
+from pondera.replications._outcomes import (
+    OUTCOMES,
+    Effect,
+    Finding,
+    Outcome,
+    Part,
+    conclude,
+    effect,
+    met,
+    nested,
+    not_testable,
+    weigh,
+)
 
 __all__ = [
+    "OUTCOMES",
     "Claim",
     "Effect",
     "Finding",
     "Lab",
+    "Outcome",
+    "Part",
+    "Sham",
     "claim",
     "claims",
+    "conclude",
     "effect",
     "evidence",
     "judge",
     "keys",
+    "met",
+    "nested",
     "not_shown",
+    "not_testable",
     "reproduce",
     "room",
+    "weigh",
 ]

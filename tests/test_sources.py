@@ -1,0 +1,103 @@
+"""Fingerprints of evidence: what they follow, what they leave aside, and that no torch is needed."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pondera
+from pondera import _sources
+from pondera._sources import claim_sources, still_fits
+from pondera.errors import BadInput
+
+NAME = "pondera.replications.penalties.norm_loss"
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """A copy of the sources that a test may change; the caches forget what they read."""
+    copy = tmp_path / "pondera"
+    shutil.copytree(
+        Path(pondera.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__", "papers", "*.safetensors")
+    )
+    monkeypatch.setattr("pondera._sources.__file__", str(copy / "_sources.py"))
+    forget()
+    yield copy
+    forget()
+
+
+def forget():
+    for cached in (_sources._names, _sources._bytes, _sources._meaning):
+        cached.cache_clear()
+
+
+def change(file, old, new):
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new), encoding="utf-8")
+    forget()
+
+
+def prints():
+    return {n: claim_sources(NAME, n)[0] for n in ("units_reach_unit_norm", "overhead_is_small", "flat_in_factor")}
+
+
+def test_a_fingerprint_follows_what_the_figures_come_from(copy):
+    first = prints()
+    change(copy / "penalties" / "norm_loss.py", "target - ", "target - 0.0 - ")
+    second = prints()
+    assert all(second[n] != first[n] for n in first)
+    change(copy / "replications" / "penalties" / "norm_loss.py", "range(500)", "range(501)")
+    third = prints()
+    assert third["units_reach_unit_norm"] != second["units_reach_unit_norm"]
+    assert third["flat_in_factor"] != second["flat_in_factor"]  # by a helper the two share
+    assert third["overhead_is_small"] == second["overhead_is_small"]
+    change(copy / "lab" / "tasks" / "digits.py", "def build(", "LARGER = 1\n\n\ndef build(")
+    fourth = prints()
+    assert fourth["flat_in_factor"] != third["flat_in_factor"]  # it names the task
+    assert fourth["units_reach_unit_norm"] == third["units_reach_unit_norm"]
+    change(copy / "replications" / "penalties" / "norm_loss.py", "below 0.05 with", "below 0.06 with")
+    assert prints()["units_reach_unit_norm"] != fourth["units_reach_unit_norm"]  # the criterion
+
+
+def test_prose_and_what_belongs_to_others_leave_it_alone(copy, tmp_path):
+    first = prints()
+    change(copy / "penalties" / "norm_loss.py", '"""Norm', '# a remark\n"""Another Norm')
+    change(copy / "replications" / "penalties" / "norm_loss.py", "weight vectors end near", "weights end near")
+    change(copy / "init" / "lsuv.py", "import torch", "import torch\n\nOTHER = 1")
+    change(copy / "lab" / "train.py", "import torch", "import torch\n\nOTHER = 1")
+    assert prints() == first
+    shutil.move(copy, tmp_path / "elsewhere")
+    shutil.move(tmp_path / "elsewhere", copy)
+    assert prints() == first
+
+
+def test_a_method_that_a_recipe_names_belongs_to_it():
+    files = claim_sources("pondera.replications.init.lsuv", "trains_where_xavier_and_he_stall")[1]
+    assert {"pondera.init.lsuv", "pondera.init.orthogonal_features", "pondera.lab.tasks.deep"} <= set(files)
+    assert not [m for m in files if m.startswith(("pondera.cli", "pondera.papers", "pondera.lab.train"))]
+
+
+def test_evidence_is_stale_when_its_sources_changed(copy, monkeypatch):
+    mark, files = claim_sources(NAME, "units_reach_unit_norm")
+    assert still_fits(NAME, "units_reach_unit_norm", mark, files)
+    with monkeypatch.context() as m:  # where no file changed nothing is parsed
+        m.setattr(_sources, "claim_sources", lambda *a: pytest.fail("parsed"))
+        assert still_fits(NAME, "units_reach_unit_norm", mark, files)
+    change(copy / "penalties" / "norm_loss.py", '"""Norm', '"""Another Norm')
+    assert still_fits(NAME, "units_reach_unit_norm", mark, files)
+    change(copy / "penalties" / "norm_loss.py", "target - ", "target - 0.0 - ")
+    assert not still_fits(NAME, "units_reach_unit_norm", mark, files)
+    assert not still_fits(NAME, "gone", mark, {})
+    with monkeypatch.context() as m:
+        m.setattr(_sources, "RULE", "3")
+        assert not still_fits(NAME, "units_reach_unit_norm", mark, files)
+    with pytest.raises(BadInput, match="no claim 'gone'"):
+        claim_sources(NAME, "gone")
+
+
+def test_no_torch_is_needed():
+    code = "import sys; from pondera.papers.evidence import stale; stale('norm-loss'); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
