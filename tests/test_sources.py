@@ -65,6 +65,8 @@ def test_a_fingerprint_follows_what_the_figures_come_from(copy):
 def test_prose_and_what_belongs_to_others_leave_it_alone(copy, tmp_path):
     first = prints()
     change(copy / "penalties" / "norm_loss.py", '"""Norm', '# a remark\n"""Another Norm')
+    change(copy / "penalties" / "norm_loss.py", "import BadInput", "import BadInput, require_extra")
+    change(copy / "penalties" / "norm_loss.py", "    if not ", "    require_extra('norm_loss', 'torch')\n    if not ")
     change(copy / "replications" / "penalties" / "norm_loss.py", "weight vectors end near", "weights end near")
     change(copy / "init" / "lsuv.py", "import torch", "import torch\n\nOTHER = 1")
     change(copy / "lab" / "train.py", "import torch", "import torch\n\nOTHER = 1")

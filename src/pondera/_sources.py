@@ -237,17 +237,22 @@ def _meaning(file: str) -> str:
 
 
 def _bare(tree: ast.AST) -> str:
+    """A tree's text without docstrings, and without what only words errors."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
+        if not isinstance(body, list):  # a lambda's is an expression
+            continue
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and body:
-            first = body[0]
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                node.body = body[1:]
+            value = getattr(body[0], "value", None) if isinstance(body[0], ast.Expr) else None
+            body = body[isinstance(value, ast.Constant) and isinstance(value.value, str) :]
+        node.body = [s for s in body if not _words_errors(s)]  # type: ignore[attr-defined]
     return ast.dump(tree)
+
+
+def _words_errors(node: ast.stmt) -> bool:
+    if isinstance(node, ast.ImportFrom):
+        return node.module == f"{SELF}.errors"
+    return isinstance(node, ast.Expr) and getattr(getattr(node.value, "func", None), "id", "") == "require_extra"
 
 
 def _reached(file: str, name: str) -> tuple[str, list[Statement], set[str]] | None:
