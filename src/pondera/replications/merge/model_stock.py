@@ -18,8 +18,7 @@ from pondera.merge.bang import wise_ft
 from pondera.merge.fuse import fuse
 from pondera.merge.model_stock import model_stock
 from pondera.replications import Effect, Finding, Lab, Part, Sham, claim, conclude, met
-from pondera.replications.init.weight_selection import accuracy, train_on
-from pondera.replications.merge.fuse import SIDE, digits
+from pondera.replications.merge._small import SIDE, accuracy, digits, train_on
 
 State = dict[str, Tensor]
 Merge = Callable[[State, Sequence[State]], State]
