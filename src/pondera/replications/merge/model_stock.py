@@ -24,7 +24,7 @@ State = dict[str, Tensor]
 Merge = Callable[[State, Sequence[State]], State]
 Updates = Callable[[State, Sequence[State]], list[State]]
 RUNS, WIDTH, BASE_STEPS, STEPS, BATCH = 8, 64, 400, 200, 16
-RATES = tuple(10 ** (k / 2) for k in range(-7, -2))
+RATES = tuple(10 ** (k / 2) for k in range(-7, -1))
 
 
 def leaning(x: Tensor, angle: float) -> Tensor:
@@ -37,7 +37,7 @@ def leaning(x: Tensor, angle: float) -> Tensor:
 SHIFTS: dict[str, Callable[[Tensor], Tensor]] = {
     "upright": lambda x: x,
     "leaning left": lambda x: leaning(x, -0.3),
-    "noisy": lambda x: leaning(x, 0.5) + torch.randn(x.shape, generator=torch.Generator().manual_seed(0)),
+    "with noise": lambda x: leaning(x, 0.5) + torch.randn(x.shape, generator=torch.Generator().manual_seed(0)),
     "faint": lambda x: leaning(x, 0.5) * 0.5,
 }
 
@@ -138,8 +138,8 @@ def greedy_soup(tuned: Sequence[State], seed: int) -> State:
 
 
 SETTING = (
-    f"MLP on MNIST, {RUNS} runs from each pretrained net on 300 leaning digits, rate the best of five for one more run on held-out "
-    "leaning digits"
+    f"MLP on MNIST, {RUNS} runs from each pretrained net on 300 leaning digits, rate the best of six (10^-3.5 to 0.1) for one more "
+    "run on held-out leaning digits"
 )
 ADDED = ", 5 pretrained nets, others added until decided, at most 30: "
 
@@ -254,6 +254,7 @@ def gaps(lab: Lab, merge: Merge, wanted: dict[str, tuple[str, str, float]]) -> F
     """A claim of several gaps: each by its name, with whom, which side and how far above. Accuracies are of all nets that ran."""
     found = {name: gap(lab, merge, *asked) for name, asked in wanted.items()}
     rows = [merges(seed, merge) for seed in range(lab.ran)]
+    tuned_to = [family(seed)[2] for seed in range(lab.ran)]
     return conclude(
         {name: part for name, (part, _) in found.items()},
         differences={name: e for name, (_, e) in found.items()},
@@ -261,6 +262,7 @@ def gaps(lab: Lab, merge: Merge, wanted: dict[str, tuple[str, str, float]]) -> F
             name: {side: sum(row[name][k] for row in rows) / len(rows) for k, side in enumerate(SIDES)}
             for name in rows[0]
         },
+        rates={f"{rate:.3g}": tuned_to.count(rate) for rate in RATES},
     )
 
 
