@@ -464,7 +464,8 @@ def _figure(value: Any) -> str:
     if isinstance(value, dict):
         if {"mean", "low", "high", "n"} <= value.keys():
             low, high = _figure(value["low"]), _figure(value["high"])
-            return f"{_figure(value['mean'])} (95% interval {low} to {high}, n = {value['n']})"
+            share = f"{100 * (1 - value.get('level', 0.05)):.3g}%"  # wider than 95% where one of several looks
+            return f"{_figure(value['mean'])} ({share} interval {low} to {high}, n = {value['n']})"
         return _some([f"{text(str(k))}: {_figure(v)}" for k, v in value.items()])
     if isinstance(value, list):
         return "(" + _some([_figure(v) for v in value]) + ")"
