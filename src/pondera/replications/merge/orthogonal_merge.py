@@ -6,8 +6,8 @@ the net should tell both.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import cache
+from contextlib import contextmanager
+from functools import cache, partial
 from itertools import combinations, pairwise
 from math import log
 from typing import Any
@@ -19,17 +19,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pondera.merge.orthogonal_merge import bake_orthogonal_merge, orthogonal_dropout_merge
-from pondera.replications import Finding, Lab, claim, judge
+from pondera.replications import Finding, Lab, Sham, claim, conclude, met
 
 WIDTH, DEPTH, CLASSES, STYLES, RANK = 128, 4, 10, 5, 8
 STEPS, BATCH, RATE, ADAPTER_RATE, DROP = 500, 64, 3e-3, 1e-2, 0.5
-WEIGHTS = (0.5, 0.7, 1.0, 1.4, 2.0)  # of both adapters, tuned for each way to merge
+NAMES = ("class", "style")
 NETS, PASSES = (
     4,
     16,
 )  # nets a seed, averaged; passes whose logits are averaged (a diffusion model draws masks at every step)
-DROPPED = ("independent dropout", "orthogonal dropout")
-MARGIN = 0.02
+MARGIN, MOST = 0.02, 18
+Merge = Callable[..., Any]  # as `orthogonal_dropout_merge`: a context in which the model runs with several adapters
 
 
 def mlp(seed: int, sizes: Sequence[int]) -> nn.Sequential:
@@ -64,12 +64,19 @@ def lora_layers(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def plain_sum(model: Any, names: Sequence[str], weights: Sequence[float]) -> Iterator[None]:
+def plain_sum(
+    model: Any,
+    names: Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    drop: object = None,
+    generator: object = None,
+) -> Iterator[None]:
     """PEFT's active adapters, weighted."""
     model.base_model.set_adapter(list(names))
     before = [dict(layer.scaling) for layer in lora_layers(model)]
     for layer in lora_layers(model):
-        for name, w in zip(names, weights):
+        for name, w in zip(names, weights or [1.0] * len(names)):
             layer.scaling[name] *= w
     try:
         yield
@@ -80,21 +87,74 @@ def plain_sum(model: Any, names: Sequence[str], weights: Sequence[float]) -> Ite
 
 @contextmanager
 def independent_dropout(
-    model: Any, names: Sequence[str], weights: Sequence[float], generator: Generator
+    model: Any,
+    names: Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    drop: float = DROP,
+    generator: Generator | None = None,
 ) -> Iterator[None]:
     """The paper's other baseline: each adapter's output dropped out at the same rate, masks independent."""
 
-    def drop(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        kept = torch.rand(out.shape, generator=generator) >= DROP
-        return out * kept / (1 - DROP)
+    def masked(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        kept = torch.rand(out.shape, generator=generator) >= drop
+        return out * kept / (1 - drop)
 
-    hooks = [layer.lora_B[n].register_forward_hook(drop) for layer in lora_layers(model) for n in names]
+    hooks = [layer.lora_B[n].register_forward_hook(masked) for layer in lora_layers(model) for n in names]
     try:
         with plain_sum(model, names, weights):
             yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def projected(
+    model: Any,
+    names: Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    drop: object = None,
+    generator: object = None,
+) -> Iterator[None]:
+    """Orthogonal the costly way: of each adapter's output what is not along those of the adapters before it."""
+
+    def apart(before: list[Tensor], module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        if len(before) == len(names):
+            before.clear()  # a new call
+        for q in before:
+            out = out - (out * q).sum(-1, keepdim=True) * q
+        before.append(F.normalize(out, dim=-1))
+        return out
+
+    hooks = []
+    for layer in lora_layers(model):
+        before: list[Tensor] = []
+        hooks += [layer.lora_B[n].register_forward_hook(partial(apart, before)) for n in names]
+    try:
+        with plain_sum(model, names, weights):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def masks_fixed(
+    model: Any, names: Sequence[str], weights: Sequence[float], *, drop: float, generator: Generator
+) -> Iterator[None]:
+    """The same with masks drawn once, baked into an adapter of its own."""
+    bake_orthogonal_merge(model, names, "fixed", weights, drop=drop, generator=generator)
+    model.base_model.set_adapter("fixed")
+    try:
+        yield
+    finally:
+        model.base_model.set_adapter(list(names))
+        model.delete_adapter("fixed")
+
+
+INDEPENDENT = Sham("dropout with independent masks", independent_dropout)
 
 
 # -- orthogonality and cost -------------------------------------------------------------------------------------------
@@ -123,23 +183,29 @@ def largest_products(model: Any, names: Sequence[str], x: Tensor) -> list[float]
     criterion="net of 4 layers, width 64, random inputs, 2 and 3 random adapters of rank 4, float32 and bfloat16, 5 seeds: in "
     "every layer, position and pair the inner product is 0 under the method, and the largest |cosine| is above 0.1 in every "
     "layer for the plain sum and for dropout with independent masks",
+    method=orthogonal_dropout_merge,
+    sham=INDEPENDENT,
 )
-def exactly_orthogonal(lab: Lab) -> Finding:
-    found: dict[str, list[float]] = {"orthogonal": [], "independent dropout": [], "plain sum": []}
+def exactly_orthogonal(lab: Lab, method: Merge) -> Finding:
+    found: dict[str, list[float]] = {"method": [], "independent dropout": [], "plain sum": []}
     for seed in lab.seeds:
         for names in (["one", "two"], ["one", "two", "three"]):
             for dtype in (torch.float32, torch.bfloat16):
                 model = with_adapters(mlp(seed, [64] * 5), names, rank=4, seed=seed, blank=False).to(dtype)
-                x, w = torch.randn(50, 64, generator=lab.generator(seed)).to(dtype), [1.0] * len(names)
-                with orthogonal_dropout_merge(model, names, generator=lab.generator(seed)):
-                    found["orthogonal"] += largest_products(model, names, x)
-                with independent_dropout(model, names, w, lab.generator(seed)):
-                    found["independent dropout"] += largest_products(model, names, x)
-                with plain_sum(model, names, w):
-                    found["plain sum"] += largest_products(model, names, x)
+                x = torch.randn(50, 64, generator=lab.generator(seed)).to(dtype)
+                for name, merge in (
+                    ("method", method),
+                    ("independent dropout", independent_dropout),
+                    ("plain sum", plain_sum),
+                ):
+                    with merge(model, names, generator=lab.generator(seed)):
+                        found[name] += largest_products(model, names, x)
     others = found["independent dropout"] + found["plain sum"]
-    return judge(
-        max(found["orthogonal"]) == 0 and min(others) > 0.1,
+    return conclude(
+        {
+            "every inner product is 0": max(found["method"]) == 0,
+            "none of the other ways does it": min(others) > 0.1,
+        },
         largest_cosine_over_layers={name: [min(v), max(v)] for name, v in found.items()},
     )
 
@@ -175,19 +241,21 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 @claim(
     "It takes no extra time complexity over the plain sum of the adapters",
-    source="abstract",
+    source="abstract; operations are counted, no clock is read",
     criterion="one forward pass of 128 rows through 4 layers, rank 8: with the masks as many matrix operations as without, for 2 "
     "to 32 adapters (width 256) and widths 64 to 1024 (4 adapters); entries written by all operations at most 4 times as many, "
     "with exponents of growth (last doubling) in either at most those of the plain sum plus 0.05",
+    method=orthogonal_dropout_merge,
+    sham=Sham("outputs made orthogonal by projection, each on all before it", projected),
 )
-def no_extra_cost(lab: Lab) -> Finding:
+def no_extra_cost(lab: Lab, method: Merge) -> Finding:
     def measured(width: int, k: int) -> dict[str, tuple[int, int]]:
         names = [f"number {i}" for i in range(k)]
         model = with_adapters(mlp(0, [width] * 5), names, rank=8, seed=0, blank=False)
         x = torch.randn(128, width, generator=lab.generator(0))
         return {
-            "plain": cost(model, x, lambda: plain_sum(model, names, [1.0] * k)),
-            "masked": cost(model, x, lambda: orthogonal_dropout_merge(model, names, generator=lab.generator(0))),
+            "plain": cost(model, x, lambda: plain_sum(model, names)),
+            "masked": cost(model, x, lambda: method(model, names, generator=lab.generator(0))),
             "merged into one": cost(model, x, lambda: _merged(model, names)),
         }
 
@@ -202,15 +270,25 @@ def no_extra_cost(lab: Lab) -> Finding:
         for name in ("plain", "masked")
     }
     ratio = [r["masked"][1] / r["plain"][1] for r in rows]
-    return judge(
-        all(r["masked"][0] == r["plain"][0] for r in rows)
-        and max(ratio) <= 4
-        and all(exponents["masked"][k] <= exponents["plain"][k] + 0.05 for k in exponents["plain"]),
+    over_merged = [r["masked"][0] / r["merged into one"][0] for r in by_number]
+    parts = {
+        "as many matrix operations": met(all(r["masked"][0] == r["plain"][0] for r in rows)),
+        "at most 4 times the entries written": met(max(ratio) <= 4),
+    }
+    for k in ("in adapters", "in width"):
+        parts[f"growth {k} alike"] = met(exponents["masked"][k] <= exponents["plain"][k] + 0.05)
+    note = (
+        "compared is the plain sum of adapters that stay apart, at which "
+        f"{min(ratio):.2f} to {max(ratio):.2f} times the entries are written. Adapters that are added into the weight once (PEFT's "
+        "merge) run at the cost of the base alone, which masks drawn in every call rule out: "
+        f"{over_merged[0]:.3g} times its matrix operations with {many[0]} adapters, {over_merged[-1]:.3g} with {many[-1]}"
+    )
+    return conclude(
+        parts,
         entries_written_over_plain=ratio,
         exponents=exponents,
-        matrix_operations_over_a_merged_weight=[r["masked"][0] / r["merged into one"][0] for r in by_number],
-        note="no more than the plain sum of adapters that stay apart. Adapters that are added into the weight once (PEFT's "
-        "merge) run at the cost of the base alone, and masks drawn in every call rule that out",
+        matrix_operations_over_a_merged_weight=over_merged,
+        note=note,
     )
 
 
@@ -344,75 +422,88 @@ def told(model: nn.Module, seed: int, part: str, passes: int = 1) -> list[float]
     return [*right.double().mean(0).tolist(), float(right.all(1).double().mean())]
 
 
-def merged(model: Any, how: str, w: float, g: Generator) -> Any:
-    names, weights = ["class", "style"], [w, w]
-    if how == "plain sum":
-        return plain_sum(model, names, weights)
-    if how.startswith("independent dropout"):
-        return independent_dropout(model, names, weights, g)
-    if how.startswith("orthogonal dropout"):
-        return orthogonal_dropout_merge(model, names, weights, drop=DROP, generator=g)
-    model.base_model.set_adapter(how)
-    return nullcontext()
-
-
 @cache
-def composed(n_seeds: int) -> dict[str, list[list[float]]]:
-    """(class, style, both) on test images for each way to merge and each seed, the weight tuned on others."""
-    ways = ("plain sum", *DROPPED, *(f"{way}, mean" for way in DROPPED), "orthogonal, masks fixed", "class", "style")
-    found: dict[str, list[list[float]]] = {way: [] for way in ways}
-    models = trained(tuple(range(n_seeds * NETS)))
-    for seed in range(n_seeds):
-        total = {way: torch.zeros(3) for way in ways}
-        for number in range(NETS * seed, NETS * (seed + 1)):
-            model = models[number]
-            for way in ways:
-                grid = (1.0,) if way in ("class", "style") else WEIGHTS
-                scores = []
-                for i, w in enumerate(grid):
-                    name = way
-                    if way == "orthogonal, masks fixed":
-                        name = f"fixed {i}"
-                        g = torch.Generator().manual_seed(number)
-                        bake_orthogonal_merge(model, ["class", "style"], name, [w, w], drop=DROP, generator=g)
-                    with merged(model, name, w, torch.Generator().manual_seed(number)):
-                        n = PASSES if way.endswith("mean") else 1
-                        scores.append((told(model, number, "tune", n)[2], told(model, number, "test", n)))
-                total[way] += torch.tensor(max(scores, key=lambda s: s[0])[1]) / NETS
-        for way in ways:
-            found[way].append(total[way].tolist())
-    return found
+def told_by(
+    merge: Merge, seed: int, passes: int = 1, names: tuple[str, ...] = NAMES
+) -> tuple[list[float], list[float]]:
+    """(class, style, both) on test images, mean of a seed's nets, and the weights chosen on others.
+
+    Weights go in steps of the square root of 2 from 0.5 to 2, and on where the best lies at an end; one adapter has 1."""
+    numbers = tuple(range(NETS * seed, NETS * (seed + 1)))
+    total, chosen = torch.zeros(3), []
+    for model, number in zip(trained(numbers), numbers):
+        scores: dict[int, tuple[float, list[float]]] = {}
+        low, high = (-2, 2) if len(names) > 1 else (0, 0)
+        while True:
+            for half in set(range(low, high + 1)) - scores.keys():
+                weights, g = [2 ** (half / 2)] * len(names), torch.Generator().manual_seed(number)
+                with merge(model, names, weights, drop=DROP, generator=g):
+                    tuned = told(model, number, "tune", passes)[2]
+                    scores[half] = (tuned, told(model, number, "test", passes))
+            best = max(sorted(scores), key=lambda half: scores[half][0])
+            if low < best < high or low == high or high - low > 12:
+                break
+            low, high = low - (best == low), high + (best == high)
+        total += torch.tensor(scores[best][1]) / NETS
+        chosen.append(2 ** (best / 2))
+    return total.tolist(), chosen
 
 
 @claim(
     "Orthogonality brings no better composition than plain addition or dropout with independent masks",
-    source="abstract (there SDXL, objects and styles)",
+    source="abstract (there SDXL, objects and styles). That outputs must be orthogonal is ours: what does nothing gains nothing",
     criterion="adapters of rank 8 for class and style of 8x8 digits turned by a quarter, on a net of 4 layers that tells both "
-    "upright; weight tuned on 300 images for each way to merge, 5 seeds of 4 nets: for the share of test images of which class and "
-    "style are both told, by one pass or by the mean logits of 16, the 95% interval of orthogonal dropout (rate 0.5) minus the plain "
-    "sum ends below +0.02, as does that minus independent dropout",
+    "upright; weight tuned on 300 images for each way to merge (0.5 to 2, and on where the best lies at an end), seeds of 4 nets, "
+    "added to each condition until it is decided, at most 18: for the share of test images of which class and style are both told, "
+    "by one pass or by the mean logits of 16, the interval of orthogonal dropout (rate 0.5) minus the plain sum ends below +0.02, "
+    "as does that minus independent dropout; and in these nets every inner product of the two adapters' outputs is 0",
     budget="full",
+    method=orthogonal_dropout_merge,
+    sham=INDEPENDENT,
 )
-def no_better_composition(lab: Lab) -> Finding:
-    found = composed(lab.n_seeds)
-    both = {way: [s[2] for s in scores] for way, scores in found.items()}
-    gaps = {
-        f"{mine} minus {other}": lab.effect(both[mine], both[other])
-        for mine, others in (
-            ("orthogonal dropout", ("plain sum", "independent dropout")),
-            ("orthogonal dropout, mean", ("plain sum", "independent dropout, mean")),
-        )
-        for other in others
+def no_better_composition(lab: Lab, method: Merge) -> Finding:
+    largest = []
+    for model, number in zip(trained(tuple(range(NETS))), range(NETS)):
+        with method(model, NAMES, drop=DROP, generator=lab.generator(number)):
+            largest += largest_products(model, NAMES, material(number)["test"][0])
+    parts, gaps = {"the adapters' outputs are orthogonal": met(max(largest) == 0)}, {}
+    for passes, of in ((1, "one pass"), (PASSES, "mean of 16 passes")):
+        for other, name, n in (
+            (plain_sum, "the plain sum", 1),
+            (independent_dropout, "independent masks", passes),
+        ):
+
+            def gain(seed: int, passes: int = passes, other: Merge = other, n: int = n) -> float:
+                return told_by(method, seed, passes)[0][2] - told_by(other, seed, n)[0][2]
+
+            where = f"{of}, no gain over {name}"
+            parts[where], gaps[where], _ = lab.until_decided(gain, most=MOST, below=MARGIN)
+    ways: dict[str, tuple[Merge, int, tuple[str, ...]]] = {
+        "plain sum": (plain_sum, 1, NAMES),
+        "independent dropout": (independent_dropout, 1, NAMES),
+        "orthogonal dropout": (method, 1, NAMES),
+        "independent dropout, mean": (independent_dropout, PASSES, NAMES),
+        "orthogonal dropout, mean": (method, PASSES, NAMES),
+        "orthogonal, masks fixed": (masks_fixed, 1, NAMES),
+        "class alone": (plain_sum, 1, ("class",)),
+        "style alone": (plain_sum, 1, ("style",)),
     }
-    return judge(
-        all(gap.high < MARGIN for gap in gaps.values()),
+    found = {k: [told_by(merge, s, n, names) for s in lab.seeds] for k, (merge, n, names) in ways.items()}
+    apart = gaps["one pass, no gain over independent masks"]
+    note = ""
+    if apart.above:
+        note = (
+            f"over independent masks disjoint ones gain {100 * apart.mean:.1f} points in one pass: they add less noise where adapters "
+            "agree, for a unit is off its mean by o1 - o2, with independent masks by o1 and o2 added with random signs"
+        )
+    return conclude(
+        parts,
         gaps=gaps,
-        both_told=both,
-        class_and_style_told={
-            way: [sum(s[i] for s in scores) / len(scores) for i in (0, 1)] for way, scores in found.items()
+        largest_cosine=max(largest),
+        class_style_and_both_told={k: torch.tensor([f[0] for f in v]).mean(0) for k, v in found.items()},
+        both_told={k: [f[0][2] for f in v] for k, v in found.items()},
+        weights_chosen={
+            k: [min(w for f in v for w in f[1]), max(w for f in v for w in f[1])] for k, v in found.items()
         },
-        note="no gain is shown: one pass is below the plain sum, the mean of 16 level with it. The criterion fails on the other "
-        "baseline: over independent masks orthogonal ones gain about a point, and the intervals (which include 0) do not rule out "
-        "two. They add less noise where adapters agree: a unit is off its mean by o1 - o2, with independent masks by o1 and o2 added "
-        "with random signs",
+        note=note,
     )
