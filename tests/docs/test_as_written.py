@@ -29,9 +29,12 @@ LARGE = {
     "compare gpt --adapter": "compare digits --adapter",  # the same adapters on a net that takes a tenth of the time
 }
 ENDS = {"pondera judge results.csv": 1}  # the page says so: a run of its table diverged
-ELSEWHERE = {"--ray": "needs a cluster; tests/lab starts one"}
+ELSEWHERE = {
+    "--ray": "needs a cluster; tests/lab starts one",
+    "org/one": "needs models in the hub's cache; tests/merge makes some",
+}
 # Parts of a file that the page says where to put, or that shows a form only.
-FRAGMENTS = {("add-a-method", "judge(condition"), ("own-task", "def train"), ("hugging-face", "def train")}
+FRAGMENTS = {("add-a-method", "def units_reach"), ("own-task", "def train"), ("hugging-face", "def train")}
 
 
 def fences(path: Path) -> list[tuple[str, str]]:
@@ -67,6 +70,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_file(drawn, here / f"{name}.safetensors")
         (here / name).mkdir()
         save_file(drawn, here / name / "model.safetensors")
+    (recipe,) = [b for kind, b in fences(ROOT / "docs/guide/merge.md") if kind == "yaml"]
+    (here / "recipe.yml").write_text(re.sub(r"model: \S+", "model: base", recipe), encoding="utf-8")
     (results,) = [b for kind, b in fences(ROOT / "docs/guide/judge.md") if b.startswith("method,seed,accuracy")]
     (here / "results.csv").write_text(results, encoding="utf-8")
     return here
@@ -87,10 +92,14 @@ def at_once(claims: Any) -> Any:
     """The same claims, their runs left out: reproduce is tried here, not the papers."""
     from dataclasses import replace
 
-    def run(lab: Any) -> Any:
-        return pondera.replications.judge(True, x=1.0)
+    def quick(one: Any) -> Any:
+        def run(lab: Any, *method: Any) -> Any:
+            return pondera.replications.conclude(True, x=1.0)
 
-    return lambda key: [replace(c, run=run) for c in claims(key)]
+        run.__name__ = one.name
+        return replace(one, run=run)
+
+    return lambda key: [quick(c) for c in claims(key)]
 
 
 @pytest.mark.slow
