@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from pondera.errors import BadInput, describe
+from pondera.errors import BadInput, all_finite, describe
 
 
 @dataclass
@@ -304,7 +304,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             raise BadInput(f"a base quantised by {self.quantization_backend.backend_name} cannot be merged into")
         weight = self.get_base_weight()
         merged = self.merged_weight(weight, names).to(weight.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
+        if safe_merge and not all_finite(merged):
             raise BadInput(f"merging {names} gives NaN or infinite weights; the base layer was left as it was")
         layer: Any = self.get_base_layer()
         if self.quantization_backend is not None:
