@@ -414,8 +414,9 @@ def tells_what_is_forgotten(lab: Lab, kernel: Kernel) -> Finding:
     if high.outcome == "refuted":
         note = (
             f"The steps can be told: the whole first-order law, with every wrong class and the true residuals, has an area of "
-            f"{law.mean:.2f} [{law.low:.2f}, {law.high:.2f}] on the first {law.n} seeds. One sign for all wrong classes loses most of "
-            f"it: {found.mean:.2f} [{found.low:.2f}, {found.high:.2f}], where chance has 0.5."
+            f"{law.mean:.2f} [{law.low:.2f}, {law.high:.2f}] on the first {law.n} seeds. The kernel, with one sign for all "
+            f"wrong classes, has {found.mean:.2f} [{found.low:.2f}, {found.high:.2f}], chance 0.5; which of its simplifications "
+            "costs how much was not tried."
         )
     return conclude(
         {"told by the kernel": high, "better than without labels": more},
