@@ -188,13 +188,13 @@ def _trained(start: Start, kind: Kind, runs: list[tuple[int, float]]) -> list[tu
     n, ((x, y), (x_test, y_test)) = len(runs), _digits()
     began = [no_bias(start(cnn(kind), generator=torch.Generator().manual_seed(seed))) for seed, _ in runs]
     body = nn.Sequential(*list(cnn(kind, n))[:-2])
-    head = nn.Parameter(torch.stack([net[-1].weight.detach() for net in began]))  # type: ignore[index]
+    head = nn.Parameter(torch.stack([net[-1].weight.detach() for net in began]))
     shift = nn.Parameter(torch.zeros(n, 10))
     with torch.no_grad():
         for k, layer in enumerate(body):
             if isinstance(layer, nn.Conv2d):
-                layer.weight.copy_(torch.cat([net[k].weight for net in began]))  # type: ignore[index]
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+                layer.weight.copy_(torch.cat([net[k].weight for net in began]))
+                nn.init.zeros_(layer.bias)
     weights = [*body.parameters(), head, shift]
     speed = [torch.zeros_like(w) for w in weights]
     rates = torch.tensor([rate for _, rate in runs])

@@ -147,7 +147,7 @@ def train(p: Problem, start: Start, runs: Sequence[tuple[int, Choice]], curves: 
             with torch.no_grad():
                 at = [part.expand(len(runs), -1, -1) for part in p.at.split(1024)]
                 found.append(psnr(torch.cat([out(part) for part in at], 1), p.truth))
-    return torch.stack(found, 1).tolist()  # type: ignore[no-any-return]
+    return torch.stack(found, 1).tolist()
 
 
 def score(p: Problem, curve: list[float]) -> float:
