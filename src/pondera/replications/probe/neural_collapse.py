@@ -252,7 +252,8 @@ def under_cross_entropy(n: int, classes: int, layers: int, decay: float) -> tupl
     sham=NO_DECAY,
 )
 def simplex_with_cross_entropy(lab: Lab, penalty: Penalty) -> Finding:
-    gaps, parts, there = {}, {}, {}
+    gaps, there = {}, {}
+    parts: dict[str, bool] = {}
     lowest: dict[int, dict[str, float]] = {}
     starts = tuple(lab.draws(STARTS))
     for layers in (1, 3):
