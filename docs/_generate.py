@@ -1,8 +1,9 @@
 """Write the pages that follow from the catalogue and the evidence: ``python docs/_generate.py``.
 
-Into ``docs/methods/`` (a page a paper, the alphabetical list, the choices by symptom), ``docs/rooms/`` (a page a room)
-and ``docs/reference/`` (the public objects that belong to no paper). Sphinx calls this before it reads the sources. A
-file is touched only when its text changed, so that a second build is quick; what no longer belongs there is removed.
+Into ``docs/methods/`` (a page a paper, the alphabetical list, what they came to, the choices by symptom),
+``docs/rooms/`` (a page a room) and ``docs/reference/`` (the public objects that belong to no paper). Sphinx calls this
+before it reads the sources. A file is touched only when its text changed, so that a second build is quick; what no longer
+belongs there is removed.
 """
 
 import importlib
@@ -97,6 +98,7 @@ def generate(docs: Path) -> list[Path]:
         lead = ORPHAN if status(p) == "planned" else ""
         pages[docs / "methods" / f"{p.key}.md"] = lead + page(p, site=True)
     pages[docs / "methods" / "index.md"] = alphabetical(catalogue())
+    pages[docs / "methods" / "came-to.md"] = came_to(catalogue())
     pages[docs / "methods" / "_choices.md"] = choices()
     pages[docs / "methods" / "_calibration.md"] = f"{calibrated()}\n{findings('calibration')}\n"
     for what in ("starts", "adapters"):
@@ -166,6 +168,71 @@ def alphabetical(papers: Iterable[Paper]) -> str:
         f"{len(rows)} papers: {counts}. *Planned* ones are described and not built; *built* ones can be imported; "
         "*tested* ones have also had their claims re-run.\n\n" + _table(("Method", "Room", "Status", "Paper"), rows)
     )
+
+
+def came_to(papers: Iterable[Paper]) -> str:
+    """What all papers came to when they were tried here: counts by room, what to use, what did not carry over and why."""
+    papers = sorted(papers, key=lambda p: p.key)
+    tried = [p for p in papers if evidence.recorded(p.key)]
+    claims = sum(len(evidence.recorded(p.key)) for p in tried)
+    rooms = [(f"[{room}](../rooms/{room}.md)", [p for p in papers if p.room == room]) for room in ROOMS]
+    rooms = [*((name, some) for name, some in rooms if any(p in tried for p in some)), ("all", papers)]
+    concluded = [(name, *_concluded(some)) for name, some in rooms]
+    outcomes = [(name, *_outcomes(some)) for name, some in rooms]
+    parts = [
+        f"# What {len(papers)} papers came to",
+        f"{len(tried)} of them have been put to the test so far, by {claims} claims that were re-run here on small models and "
+        "real or made data, the rates of all choices tuned alike. What stands here is what that showed, and no more: a method "
+        "that shows no gain on a net of a hundred thousand weights may have one on a billion. A claim *holds* or is *refuted* "
+        "where an interval leaves its threshold behind, and is *undecided* where it does not; each was also tried on a sham "
+        "in the method's place, for which it must not hold.",
+        "## Papers\n\n"
+        + _table(("Room", "Papers", "Tested", *(h.capitalize() for h in evidence.HEADLINES)), concluded)
+        + "\n"
+        + "; ".join(f"*{name.capitalize()}*: {words}" for name, words in evidence.HEADLINES.items())
+        + ".",
+        "## Claims\n\n" + _table(("Room", "Claims", *(o.capitalize() for o in evidence.OUTCOMES)), outcomes),
+    ]
+    for title, kinds in (
+        ("What to use today", ("helps", "only when")),
+        ("What does what it says", ("exact",)),
+        ("What did not carry over", ("no gain shown",)),
+        ("What cannot be told here", ("not testable here",)),
+    ):
+        some = [p for kind in kinds for p in tried if p.came_to == kind]
+        if some:
+            parts.append(f"## {title}\n\n" + "\n".join(_conclusion(p) for p in some))
+    if open_ := [p for p in tried if not p.came_to]:
+        parts.append(
+            "## What is not summed up yet\n\nTested by an older rule, to be run again: "
+            + ", ".join(f"[{p.key}]({p.key}.md)" for p in open_)
+            + "."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _concluded(papers: list[Paper]) -> tuple[str, ...]:
+    """How many papers, how many tested, and of each headline how many."""
+    tested = sum(bool(evidence.recorded(p.key)) for p in papers)
+    kinds = [sum(p.came_to == name for p in papers) for name in evidence.HEADLINES]
+    return tuple(str(n or "") for n in (len(papers), tested, *kinds))
+
+
+def _outcomes(papers: list[Paper]) -> tuple[str, ...]:
+    """How many claims, and of each outcome how many."""
+    found = [evidence.counts(p.key) for p in papers]
+    kinds = [sum(counts.get(o, 0) for counts in found) for o in evidence.OUTCOMES]
+    return tuple(str(n or "") for n in (sum(len(evidence.recorded(p.key)) for p in papers), *kinds))
+
+
+def _conclusion(p: Paper) -> str:
+    """A paper's headline, and under it the claims that did not hold with the explanation their runs wrote."""
+    lines = [f"- [{p.key}]({p.key}.md) ({p.room}), **{p.came_to}**: {text(p.headline)}"]
+    for r in evidence.recorded(p.key):
+        if p.came_to != "helps" and evidence.outcome(r) in ("refuted", "not testable here"):
+            why = f" {text(r['note'])}" if r["note"] else ""
+            lines.append(f"  - *{evidence.outcome(r)}*: {text(r['claim']).rstrip('.')}.{why}")
+    return "\n".join(lines)
 
 
 def rooms_index() -> str:

@@ -15,8 +15,8 @@ from markdown_it import MarkdownIt
 
 import pondera.replications
 from pondera.lab import Recipe, compare, load_task
-from pondera.papers import Paper, catalogue, paper, status
-from pondera.papers.page import commands, ours, page, replicated, snippets
+from pondera.papers import Paper, catalogue, evidence, paper, status
+from pondera.papers.page import commands, ours, page, replicated, snippets, text
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -175,6 +175,18 @@ def test_lists_show_every_paper_with_its_status(copy: Path) -> None:
         assert f"| {status(p)} |" in row
         room = (copy / "rooms" / f"{p.room}.md").read_text(encoding="utf-8")
         assert f"[{p.key}](../methods/{p.key}.md)" in room
+
+
+def test_what_papers_came_to_is_said_of_every_one_that_was_tried(copy: Path) -> None:
+    words = (copy / "methods" / "came-to.md").read_text(encoding="utf-8")
+    tried = [p for p in catalogue() if evidence.recorded(p.key)]
+    assert f"{len(tried)} of them" in words
+    for p in tried:
+        told = f"- [{p.key}]({p.key}.md) ({p.room}), **{p.came_to}**: {text(p.headline)}"
+        assert told in words if p.came_to else f"[{p.key}]({p.key}.md)" in words.partition("not summed up yet")[2]
+    total = next(r for r in words.partition("## Claims")[2].splitlines() if r.startswith("| all |"))
+    counted = [evidence.counts(p.key) for p in tried]
+    assert [int(n or 0) for n in total.split("|")[3:7]] == [sum(c.get(o, 0) for c in counted) for o in evidence.OUTCOMES]
 
 
 def test_choices_name_only_what_is_built(copy: Path) -> None:
