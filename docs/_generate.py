@@ -230,8 +230,8 @@ def _conclusion(p: Paper) -> str:
     lines = [f"- [{p.key}]({p.key}.md) ({p.room}), **{p.came_to}**: {text(p.headline)}"]
     for r in evidence.recorded(p.key):
         if p.came_to != "helps" and evidence.outcome(r) in ("refuted", "not testable here"):
-            why = f" {text(r['note'])}" if r["note"] else ""
-            lines.append(f"  - *{evidence.outcome(r)}*: {text(r['claim']).rstrip('.')}.{why}")
+            told = [text(words).rstrip(".") for words in (r["claim"], r["note"]) if words]
+            lines.append(f"  - *{evidence.outcome(r)}*: " + " ".join(f"{t[0].upper()}{t[1:]}." for t in told))
     return "\n".join(lines)
 
 
