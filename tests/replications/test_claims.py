@@ -63,6 +63,15 @@ def test_evidence_is_of_these_claims(key):
             assert (evidence_folder() / room(key) / name).is_file()
 
 
+def test_every_claim_was_tried_on_its_sham():
+    found = [(f"{key}: {r['name']}", r) for key in keys() for r in (evidence(key) or {"claims": []})["claims"]]
+    of_today = [(name, r) for name, r in found if "fingerprint" in r]  # the others are shown as stale
+    untried = [
+        name for name, r in of_today if r["verdict"] != "not testable here" and not r.get("sham", {}).get("verdict")
+    ]
+    assert not untried
+
+
 def test_replications_and_evidence_lie_in_the_room_of_their_row():
     rooms = {p.key: p.room for p in catalogue()} | {"calibration": "lab"}  # the lab put to its own test: no paper
     assert {key: room(key) for key in keys()} == {key: rooms[key] for key in keys()}
@@ -95,12 +104,12 @@ def short(key):
 def test_short_claims_come_out_as_recorded(key):
     recorded = {c["name"]: c["verdict"] for c in quick(key)}
     for c in claims(key):
-        if c.name in recorded and c.name not in TIMED:
+        if c.name in recorded and c.name not in TIMED and c != tried(key):  # that one is run with its sham, below
             torch.manual_seed(0)
             assert c.find(Lab(key)).verdict == recorded[c.name], c.text
 
 
-TRIED = 3.0  # seconds, the claim and its sham together
+TRIED = 20.0  # seconds, the claim and its sham together
 
 
 def tried(key):
