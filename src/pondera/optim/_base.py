@@ -44,6 +44,7 @@ class MatrixOptimizer(Optimizer):
     def __init__(self, params: Any, defaults: Group, rest: Rest = None) -> None:
         self.rest = _named(type(self).__name__, rest)
         self._others: dict[int, Optimizer] = {}
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self.ranks: Any = None  # a process group that shares the work, see `spread`
         super().__init__(params, {"matrix": True, "transposed": False, **defaults})
 
@@ -57,7 +58,7 @@ class MatrixOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"rest": getattr(self, "rest", None), "ranks": getattr(self, "ranks", None), **state})
-        self._others = {}
+        self._others, self._buffers = {}, {}
 
     def _check(self, group: Group) -> None:
         """Raise BadInput for a setting out of range; a subclass adds its own."""
@@ -87,8 +88,9 @@ class MatrixOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         matrices: list[tuple[Tensor, Group]] = []
-        for i, group in enumerate(self.param_groups):
-            moved = with_gradient(group["params"], type(self).__name__)
+        every = [with_gradient(group["params"], type(self).__name__) for group in self.param_groups]
+        require_finite([p for moved in every for p in moved], type(self).__name__)
+        for i, (moved, group) in enumerate(zip(every, self.param_groups, strict=True)):
             matrices += [(p, group) for p in moved if group["matrix"] and p.ndim >= 2]
             self._move_rest([p for p in moved if not group["matrix"] or p.ndim < 2], group, i)
         if self.ranks is None:
@@ -107,7 +109,18 @@ class MatrixOptimizer(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(G)
         M: Tensor = state["momentum_buffer"]
         M.lerp_(G, 1 - beta)
-        return G.lerp(M, beta) if group.get("nesterov", True) else M
+        if not group.get("nesterov", True):
+            return M
+        if not self.elementwise or is_sharded(G):
+            return G.lerp(M, beta)
+        return torch.lerp(G, M, beta, out=self._scratch(G))
+
+    def _scratch(self, like: Tensor) -> Tensor:
+        """A buffer for what is used up within the step: fresh memory costs as much as the sums done in it."""
+        kind = like.device, like.dtype
+        if kind not in self._buffers or self._buffers[kind].numel() < like.numel():
+            self._buffers[kind] = like.new_empty(like.numel())
+        return self._buffers[kind][: like.numel()].view(like.shape)
 
     def _wanted(self, W: Tensor, group: Group) -> Tensor | Scaled:
         """Momentum, then the direction, laid out and sharded like the weight."""
@@ -344,6 +357,28 @@ def with_gradient(params: list[Tensor], who: str) -> list[Tensor]:
                 f"{who} needs real parameters, got a complex one of shape {tuple(p.shape)}; hold its view_as_real"
             )
     return moved
+
+
+@torch.no_grad()
+def require_finite(params: list[Tensor], who: str) -> None:
+    """BadInput, before anything has moved, if a gradient of `params` holds NaN or infinity.
+
+    torch's own optimizers let it through, and from then on weights and state are NaN. One pass over the gradients, and
+    on an accelerator one wait for the answer; a step under `torch.compile` does without.
+    """
+    if torch.compiler.is_compiling():
+        return
+    local = [p.grad.to_local() if is_sharded(p.grad) else p.grad for p in params if p.grad is not None]  # type: ignore[operator]
+    ends = [torch.stack(g.aminmax()).float() if g.numel() else None for g in local]
+    waiting = [e for e in ends if e is not None and e.device.type != "cpu"]
+    if waiting and bool(torch.stack([e.to(waiting[0].device) for e in waiting]).isfinite().all()):
+        ends = [None if e is not None and e.device.type != "cpu" else e for e in ends]
+    for p, e in zip(params, ends, strict=True):
+        if e is not None and not all(map(math.isfinite, e.tolist())):
+            raise BadInput(
+                f"{who} needs finite gradients, got NaN or infinity for a parameter of shape {tuple(p.shape)}; nothing was "
+                "moved: look for the step that diverged, lower the rate, or scale half-precision losses by a GradScaler"
+            )
 
 
 def in_range(who: str, name: str, value: Any, low: float, below: float = math.inf, *, open_low: bool = False) -> None:
