@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,20 @@ from torch import distributed as dist
 from torch import nn
 
 WAYS = ("sharded", "sharded and spread", "spread")
+
+
+@contextmanager
+def counted(optimizer, found):
+    """Count the directions this rank finds."""
+    plain = getattr(optimizer, "_direction", None)
+
+    def direction(*args):
+        found.add_(1)
+        return plain(*args)
+
+    optimizer._direction = direction
+    yield
+    del optimizer._direction
 
 
 def trained(way: str = "") -> dict[str, torch.Tensor]:
@@ -35,18 +50,23 @@ def trained(way: str = "") -> dict[str, torch.Tensor]:
 
             fully_shard(net, mesh=dist.init_device_mesh("cpu", (2,)))
         optimizer = method(groups(net), lr=0.05, weight_decay=0.1)
+        found = torch.zeros(())
         for step in range(4):
             if share and step in (0, 2):
                 spread(optimizer)
             optimizer.zero_grad()
             nn.functional.cross_entropy(net(x), y).backward()
-            optimizer.step()
+            with counted(optimizer, found):
+                optimizer.step()
             if step == 1:  # resume between steps from its own state
                 if share:
                     gather_state(optimizer)
                 state = optimizer.state_dict()
                 optimizer = method(groups(net), lr=1.0)
                 optimizer.load_state_dict(state)
+        if share and not method.elementwise:
+            dist.all_reduce(found)
+            assert found == 4 * 3, f"{method.__name__}: each of three matrices once a step, not {found} in four"
         for name, p in net.named_parameters():
             for held in ("exp_avg", "momentum_buffer"):
                 if held in optimizer.state[p] and optimizer.state[p][held].shape == p.shape:
