@@ -44,6 +44,10 @@ class BadInput(ValueError):
     """Input that cannot be used: one sentence with what came and what was needed."""
 
 
+class NotFinite(BadInput):
+    """A number that is NaN or infinite where training has come to it: in a comparison, a run that diverged."""
+
+
 class MissingExtra(BadInput, ImportError):
     """Something needs packages that an extra brings and that are not installed; `extra` names it, or several."""
 

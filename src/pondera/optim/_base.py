@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from pondera.errors import BadInput, nearest
+from pondera.errors import BadInput, NotFinite, nearest
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -361,7 +361,7 @@ def with_gradient(params: list[Tensor], who: str) -> list[Tensor]:
 
 @torch.no_grad()
 def require_finite(params: list[Tensor], who: str) -> None:
-    """BadInput, before anything has moved, if a gradient of `params` holds NaN or infinity.
+    """NotFinite (a BadInput), before anything has moved, if a gradient of `params` holds NaN or infinity.
 
     torch's own optimizers let it through, and from then on weights and state are NaN. One pass over the gradients, and
     on an accelerator one wait for the answer; a step under `torch.compile` does without.
@@ -375,7 +375,7 @@ def require_finite(params: list[Tensor], who: str) -> None:
         ends = [None if e is not None and e.device.type != "cpu" else e for e in ends]
     for p, e in zip(params, ends, strict=True):
         if e is not None and not all(map(math.isfinite, e.tolist())):
-            raise BadInput(
+            raise NotFinite(
                 f"{who} needs finite gradients, got NaN or infinity for a parameter of shape {tuple(p.shape)}; nothing was "
                 "moved: look for the step that diverged, lower the rate, or scale half-precision losses by a GradScaler"
             )
