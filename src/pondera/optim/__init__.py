@@ -1,5 +1,7 @@
 """How weights move: `torch.optim.Optimizer` subclasses, and `groups`, which splits a model's matrices from the rest.
 
+Beside them are tools for setting and steering them.
+
 >>> import torch
 >>> from pondera.optim import NorMuon, groups
 >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
@@ -10,5 +12,23 @@ from pondera.optim._groups import groups
 from pondera.optim.auon import AuON, HybridAuON
 from pondera.optim.decoupled_decay import SGDW
 from pondera.optim.normuon import NorMuon
+from pondera.optim.trajectory_invariance import (
+    Invariance,
+    effective_rate,
+    one_dimensional_sweep,
+    regime,
+    trajectory_invariance,
+)
 
-__all__ = ["SGDW", "AuON", "HybridAuON", "NorMuon", "groups"]
+__all__ = [
+    "SGDW",
+    "AuON",
+    "HybridAuON",
+    "Invariance",
+    "NorMuon",
+    "effective_rate",
+    "groups",
+    "one_dimensional_sweep",
+    "regime",
+    "trajectory_invariance",
+]
