@@ -11,6 +11,7 @@ Beside them are tools for setting and steering them.
 from pondera.optim._groups import groups
 from pondera.optim.auon import AuON, HybridAuON
 from pondera.optim.decoupled_decay import SGDW
+from pondera.optim.implicit_tuning import Hypergradient, implicit_hypergradient
 from pondera.optim.normuon import NorMuon
 from pondera.optim.trajectory_invariance import (
     Invariance,
@@ -24,10 +25,12 @@ __all__ = [
     "SGDW",
     "AuON",
     "HybridAuON",
+    "Hypergradient",
     "Invariance",
     "NorMuon",
     "effective_rate",
     "groups",
+    "implicit_hypergradient",
     "one_dimensional_sweep",
     "regime",
     "trajectory_invariance",
