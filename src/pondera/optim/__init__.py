@@ -10,6 +10,7 @@ Beside them are tools for setting and steering them.
 
 from pondera.optim._groups import groups
 from pondera.optim.auon import AuON, HybridAuON
+from pondera.optim.bloop import Bloop
 from pondera.optim.decoupled_decay import SGDW
 from pondera.optim.implicit_tuning import Hypergradient, implicit_hypergradient
 from pondera.optim.normuon import NorMuon
@@ -24,6 +25,7 @@ from pondera.optim.trajectory_invariance import (
 __all__ = [
     "SGDW",
     "AuON",
+    "Bloop",
     "HybridAuON",
     "Hypergradient",
     "Invariance",
