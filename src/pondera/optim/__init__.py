@@ -14,6 +14,16 @@ from pondera.optim.bloop import Bloop
 from pondera.optim.decoupled_decay import SGDW
 from pondera.optim.implicit_tuning import Hypergradient, implicit_hypergradient
 from pondera.optim.normuon import NorMuon
+from pondera.optim.power_lines import (
+    CriticalBatch,
+    Optimum,
+    PowerLaw,
+    decay_for,
+    fit_critical_batch,
+    fit_optimum,
+    fit_power_law,
+    timescale,
+)
 from pondera.optim.trajectory_invariance import (
     Invariance,
     effective_rate,
@@ -26,14 +36,22 @@ __all__ = [
     "SGDW",
     "AuON",
     "Bloop",
+    "CriticalBatch",
     "HybridAuON",
     "Hypergradient",
     "Invariance",
     "NorMuon",
+    "Optimum",
+    "PowerLaw",
+    "decay_for",
     "effective_rate",
+    "fit_critical_batch",
+    "fit_optimum",
+    "fit_power_law",
     "groups",
     "implicit_hypergradient",
     "one_dimensional_sweep",
     "regime",
+    "timescale",
     "trajectory_invariance",
 ]
