@@ -1,6 +1,7 @@
 """How weights move: `torch.optim.Optimizer` subclasses, and `groups`, which splits a model's matrices from the rest.
 
-Beside them are tools for setting and steering them.
+Beside them are tools for setting optimizers: laws fitted to a sweep, rates for a graph, gradients of hyperparameters,
+and surgery on the gradients of several losses.
 
 >>> import torch
 >>> from pondera.optim import NorMuon, groups
@@ -9,6 +10,13 @@ Beside them are tools for setting and steering them.
 """
 
 from pondera.optim._groups import groups
+from pondera.optim.architecture_scaling import (
+    Topology,
+    architecture_scaled,
+    architecture_scaled_,
+    path_depths,
+    topology,
+)
 from pondera.optim.auon import AuON, HybridAuON
 from pondera.optim.bloop import Bloop
 from pondera.optim.decoupled_decay import SGDW
@@ -43,6 +51,9 @@ __all__ = [
     "NorMuon",
     "Optimum",
     "PowerLaw",
+    "Topology",
+    "architecture_scaled",
+    "architecture_scaled_",
     "decay_for",
     "effective_rate",
     "fit_critical_batch",
@@ -51,7 +62,9 @@ __all__ = [
     "groups",
     "implicit_hypergradient",
     "one_dimensional_sweep",
+    "path_depths",
     "regime",
     "timescale",
+    "topology",
     "trajectory_invariance",
 ]
