@@ -20,7 +20,10 @@ INPUTS = {"linear": (3, 5), "conv": (3, 4, 6, 6), "transposed": (3, 4, 6, 6)}
 
 
 ARGUMENTS = {}  # name: what a parametrization must be told
-CHANGES = {"Conditioned"}  # those that do not hold every weight: registering moves a weight to one they do hold
+CHANGES = {
+    "Bitwise",
+    "Conditioned",
+}  # those that do not hold every weight: registering moves a weight to one they do hold
 
 
 def holds_a_weight(name):
