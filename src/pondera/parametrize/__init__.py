@@ -8,7 +8,8 @@
 """
 
 from pondera.parametrize.bitwise import Bitwise
+from pondera.parametrize.weight_compander import Compander
 from pondera.parametrize.weight_conditioning import Conditioned
 from pondera.parametrize.weight_normalization import data_dependent_weight_norm_, weight_norm
 
-__all__ = ["Bitwise", "Conditioned", "data_dependent_weight_norm_", "weight_norm"]
+__all__ = ["Bitwise", "Compander", "Conditioned", "data_dependent_weight_norm_", "weight_norm"]
