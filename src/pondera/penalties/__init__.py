@@ -2,5 +2,23 @@
 
 from pondera.penalties.invariance_penalty import invariance, irm
 from pondera.penalties.norm_loss import norm_loss
+from pondera.penalties.weight_balancing import (
+    adjust_logits,
+    class_balanced_weights,
+    feature_decay,
+    max_norm_,
+    max_norm_limit,
+    simplex_etf,
+)
 
-__all__ = ["invariance", "irm", "norm_loss"]
+__all__ = [
+    "adjust_logits",
+    "class_balanced_weights",
+    "feature_decay",
+    "invariance",
+    "irm",
+    "max_norm_",
+    "max_norm_limit",
+    "norm_loss",
+    "simplex_etf",
+]
