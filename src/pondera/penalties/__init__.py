@@ -2,6 +2,7 @@
 
 from pondera.penalties.invariance_penalty import invariance, irm
 from pondera.penalties.norm_loss import norm_loss
+from pondera.penalties.orthogonal_sae import SparseAutoencoder, orthogonal_decoder
 from pondera.penalties.weight_balancing import (
     adjust_logits,
     class_balanced_weights,
@@ -12,6 +13,7 @@ from pondera.penalties.weight_balancing import (
 )
 
 __all__ = [
+    "SparseAutoencoder",
     "adjust_logits",
     "class_balanced_weights",
     "feature_decay",
@@ -20,5 +22,6 @@ __all__ = [
     "max_norm_",
     "max_norm_limit",
     "norm_loss",
+    "orthogonal_decoder",
     "simplex_etf",
 ]
