@@ -1,5 +1,6 @@
 """What pulls on weights: `name(weight or model, ...) -> scalar`, differentiable, zero exactly on its target set."""
 
+from pondera.penalties.conditional_invariance import nci, nci_discriminator
 from pondera.penalties.invariance_penalty import invariance, irm
 from pondera.penalties.norm_loss import norm_loss
 from pondera.penalties.orthogonal_sae import SparseAutoencoder, orthogonal_decoder
@@ -21,6 +22,8 @@ __all__ = [
     "irm",
     "max_norm_",
     "max_norm_limit",
+    "nci",
+    "nci_discriminator",
     "norm_loss",
     "orthogonal_decoder",
     "simplex_etf",
