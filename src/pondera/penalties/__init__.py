@@ -1,5 +1,10 @@
 """What pulls on weights: `name(weight or model, ...) -> scalar`, differentiable, zero exactly on its target set."""
 
 from pondera.penalties.norm_loss import norm_loss
+from pondera.penalties.orthogonal_convolution import (
+    convolution_singular_values,
+    orthogonal_convolution,
+    orthogonal_convolution_exists,
+)
 
-__all__ = ["norm_loss"]
+__all__ = ["convolution_singular_values", "norm_loss", "orthogonal_convolution", "orthogonal_convolution_exists"]
