@@ -6,5 +6,14 @@ from pondera.penalties.orthogonal_convolution import (
     orthogonal_convolution,
     orthogonal_convolution_exists,
 )
+from pondera.penalties.spectral_continual import sorted_entries, spectral, wasserstein_to_start
 
-__all__ = ["convolution_singular_values", "norm_loss", "orthogonal_convolution", "orthogonal_convolution_exists"]
+__all__ = [
+    "convolution_singular_values",
+    "norm_loss",
+    "orthogonal_convolution",
+    "orthogonal_convolution_exists",
+    "sorted_entries",
+    "spectral",
+    "wasserstein_to_start",
+]
