@@ -10,5 +10,6 @@ from pondera.optim._groups import groups
 from pondera.optim.auon import AuON, HybridAuON
 from pondera.optim.decoupled_decay import SGDW
 from pondera.optim.normuon import NorMuon
+from pondera.optim.polyak_momentum import PolyakMomentum
 
-__all__ = ["SGDW", "AuON", "HybridAuON", "NorMuon", "groups"]
+__all__ = ["SGDW", "AuON", "HybridAuON", "NorMuon", "PolyakMomentum", "groups"]
