@@ -23,7 +23,9 @@ from pondera.optim.auon import AuON, HybridAuON
 from pondera.optim.bloop import Bloop
 from pondera.optim.decoupled_decay import SGDW
 from pondera.optim.implicit_tuning import Hypergradient, implicit_hypergradient
+from pondera.optim.layer_rotation import Layca
 from pondera.optim.normuon import NorMuon
+from pondera.optim.polyak_momentum import PolyakMomentum
 from pondera.optim.power_lines import (
     CriticalBatch,
     Optimum,
@@ -50,8 +52,10 @@ __all__ = [
     "HybridAuON",
     "Hypergradient",
     "Invariance",
+    "Layca",
     "NorMuon",
     "Optimum",
+    "PolyakMomentum",
     "PowerLaw",
     "Topology",
     "architecture_scaled",
