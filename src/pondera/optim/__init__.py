@@ -13,5 +13,17 @@ from pondera.optim._groups import groups
 from pondera.optim.auon import AuON, HybridAuON
 from pondera.optim.decoupled_decay import SGDW
 from pondera.optim.normuon import NorMuon
+from pondera.optim.shampoo_squared import KroneckerFit, Shampoo, kronecker_fit
 
-__all__ = ["SGDW", "AuON", "HybridAuON", "NorMuon", "gather_state", "groups", "spread"]
+__all__ = [
+    "SGDW",
+    "AuON",
+    "HybridAuON",
+    "KroneckerFit",
+    "NorMuon",
+    "Shampoo",
+    "gather_state",
+    "groups",
+    "kronecker_fit",
+    "spread",
+]
