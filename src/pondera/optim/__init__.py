@@ -36,6 +36,7 @@ from pondera.optim.power_lines import (
     fit_power_law,
     timescale,
 )
+from pondera.optim.shampoo_squared import KroneckerFit, Shampoo, kronecker_fit
 from pondera.optim.trajectory_invariance import (
     Invariance,
     effective_rate,
@@ -52,11 +53,13 @@ __all__ = [
     "HybridAuON",
     "Hypergradient",
     "Invariance",
+    "KroneckerFit",
     "Layca",
     "NorMuon",
     "Optimum",
     "PolyakMomentum",
     "PowerLaw",
+    "Shampoo",
     "Topology",
     "architecture_scaled",
     "architecture_scaled_",
@@ -68,6 +71,7 @@ __all__ = [
     "gather_state",
     "groups",
     "implicit_hypergradient",
+    "kronecker_fit",
     "one_dimensional_sweep",
     "path_depths",
     "regime",
