@@ -11,8 +11,19 @@
 from pondera.optim._base import gather_state, spread
 from pondera.optim._groups import groups
 from pondera.optim.auon import AuON, HybridAuON
+from pondera.optim.dct_projection import DCTAdamW
 from pondera.optim.decoupled_decay import SGDW
 from pondera.optim.normuon import NorMuon
 from pondera.optim.structured_ngd import StructuredNGD
 
-__all__ = ["SGDW", "AuON", "HybridAuON", "NorMuon", "StructuredNGD", "gather_state", "groups", "spread"]
+__all__ = [
+    "SGDW",
+    "AuON",
+    "DCTAdamW",
+    "HybridAuON",
+    "NorMuon",
+    "StructuredNGD",
+    "gather_state",
+    "groups",
+    "spread",
+]
