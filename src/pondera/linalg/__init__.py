@@ -1,6 +1,7 @@
 """Craft every room shares: matrix views, orthogonal factors, rotations, roots, tensor trains, Hadamard matrices, averages."""
 
 from pondera.linalg.cayley import cayley, skew
+from pondera.linalg.dct import dct, dct_matrix
 from pondera.linalg.gauss import gaussian_mean, gaussian_pair_mean
 from pondera.linalg.givens import givens_tree, rotations
 from pondera.linalg.hadamard import hadamard
@@ -13,6 +14,8 @@ __all__ = [
     "as_matrix",
     "balance",
     "cayley",
+    "dct",
+    "dct_matrix",
     "gaussian_mean",
     "gaussian_pair_mean",
     "givens_tree",

@@ -21,6 +21,7 @@ from pondera.optim.architecture_scaling import (
 )
 from pondera.optim.auon import AuON, HybridAuON
 from pondera.optim.bloop import Bloop
+from pondera.optim.dct_projection import DCTAdamW
 from pondera.optim.decoupled_decay import SGDW
 from pondera.optim.implicit_tuning import Hypergradient, implicit_hypergradient
 from pondera.optim.layer_rotation import Layca
@@ -37,6 +38,7 @@ from pondera.optim.power_lines import (
     timescale,
 )
 from pondera.optim.shampoo_squared import KroneckerFit, Shampoo, kronecker_fit
+from pondera.optim.structured_ngd import StructuredNGD
 from pondera.optim.trajectory_invariance import (
     Invariance,
     effective_rate,
@@ -50,6 +52,7 @@ __all__ = [
     "AuON",
     "Bloop",
     "CriticalBatch",
+    "DCTAdamW",
     "HybridAuON",
     "Hypergradient",
     "Invariance",
@@ -60,6 +63,7 @@ __all__ = [
     "PolyakMomentum",
     "PowerLaw",
     "Shampoo",
+    "StructuredNGD",
     "Topology",
     "architecture_scaled",
     "architecture_scaled_",
