@@ -1,9 +1,11 @@
 """How a model is trained: by the lab's own loop, or by the loop a task brings, its function ``train(run)``."""
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -73,7 +75,7 @@ def by_the_lab(
     scaler = torch.amp.GradScaler(torch.device(device).type) if s.precision == "fp16" else None
     curve_of = parts.get("test", parts.get("valid"))
     shown = model if average is None else average.module
-    by_closure = any(getattr(o, "step_needs", None) == "closure" for o in optimizers)
+    by_closure = any(asks(o) == "closure" for o in optimizers)
     plain = s.precision == "no" and scaler is None and s.accumulate == 1 and s.clip is None
 
     def scored(part: Any) -> float:
@@ -141,9 +143,23 @@ def by_the_lab(
     }
 
 
+def asks(optimizer: torch.optim.Optimizer) -> str | None:
+    """What a step must be given: the "loss" where it takes one, a "closure" where it does not do without."""
+    return _asks(type(optimizer))
+
+
+@cache
+def _asks(kind: type) -> str | None:
+    takes = inspect.signature(kind.step).parameters
+    closure = takes.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        return "closure"
+    return "loss" if "loss" in takes else None
+
+
 def step_with(optimizer: torch.optim.Optimizer, loss: Tensor | float) -> None:
-    """The optimizer's step after backward, with the loss for those that ask for it (`step_needs`)."""
-    if getattr(optimizer, "step_needs", None) == "loss":
+    """The optimizer's step after backward, with the loss for those that ask for it."""
+    if asks(optimizer) == "loss":
         optimizer.step(loss=loss if isinstance(loss, float) else loss.detach())  # type: ignore[call-arg]
     else:
         optimizer.step()
@@ -194,7 +210,7 @@ def _careful_step(
         if scaler is None:
             step_with(o, total)
         else:
-            scaler.step(o, **({"loss": total} if getattr(o, "step_needs", None) == "loss" else {}))
+            scaler.step(o, **({"loss": total} if asks(o) == "loss" else {}))
     if scaler is not None:
         scaler.update()
     return total
