@@ -23,6 +23,7 @@ ARGUMENTS = {}  # name: what a parametrization must be told
 CHANGES = {
     "Bitwise",
     "Conditioned",
+    "SignedSupermask",
 }  # those that do not hold every weight: registering moves a weight to one they do hold
 
 

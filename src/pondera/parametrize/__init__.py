@@ -8,8 +8,9 @@
 """
 
 from pondera.parametrize.bitwise import Bitwise
+from pondera.parametrize.signed_supermask import SignedSupermask
 from pondera.parametrize.weight_compander import Compander
 from pondera.parametrize.weight_conditioning import Conditioned
 from pondera.parametrize.weight_normalization import data_dependent_weight_norm_, weight_norm
 
-__all__ = ["Bitwise", "Compander", "Conditioned", "data_dependent_weight_norm_", "weight_norm"]
+__all__ = ["Bitwise", "Compander", "Conditioned", "SignedSupermask", "data_dependent_weight_norm_", "weight_norm"]
