@@ -10,8 +10,21 @@
 
 from pondera.optim._base import gather_state, spread
 from pondera.optim._groups import groups
+from pondera.optim._norms import dual_map, dual_norm
 from pondera.optim.auon import AuON, HybridAuON
 from pondera.optim.decoupled_decay import SGDW
 from pondera.optim.normuon import NorMuon
+from pondera.optim.trust_region_muon import TrustRegion
 
-__all__ = ["SGDW", "AuON", "HybridAuON", "NorMuon", "gather_state", "groups", "spread"]
+__all__ = [
+    "SGDW",
+    "AuON",
+    "HybridAuON",
+    "NorMuon",
+    "TrustRegion",
+    "dual_map",
+    "dual_norm",
+    "gather_state",
+    "groups",
+    "spread",
+]
