@@ -13,6 +13,7 @@ from pondera.optim._groups import groups
 from pondera.optim._norms import dual_map, dual_norm
 from pondera.optim.auon import AuON, HybridAuON
 from pondera.optim.decoupled_decay import SGDW
+from pondera.optim.norm_anthology import SteepestDescent, roles
 from pondera.optim.normuon import NorMuon
 from pondera.optim.trust_region_muon import TrustRegion
 
@@ -21,10 +22,12 @@ __all__ = [
     "AuON",
     "HybridAuON",
     "NorMuon",
+    "SteepestDescent",
     "TrustRegion",
     "dual_map",
     "dual_norm",
     "gather_state",
     "groups",
+    "roles",
     "spread",
 ]
