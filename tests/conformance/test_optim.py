@@ -225,7 +225,8 @@ def test_torch_compile(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_refuses_in_one_sentence(name):
     net = model()
-    for bad in ({"lr": -1.0}, {"weight_decay": -1.0}, {"momentum": 1.5}, {"lr": float("nan")}):
+    averages = {"momentum": 1.5} if "momentum" in inspect.signature(getattr(pondera.optim, name)).parameters else {}
+    for bad in ({"lr": -1.0}, {"weight_decay": -1.0}, averages or {"betas": (1.5, 0.9)}, {"lr": float("nan")}):
         with pytest.raises(BadInput) as caught:
             make(name, net.parameters(), **{"lr": 0.1, **bad})
         assert "\n" not in str(caught.value)

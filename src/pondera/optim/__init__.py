@@ -15,6 +15,7 @@ from pondera.optim.auon import AuON, HybridAuON
 from pondera.optim.decoupled_decay import SGDW
 from pondera.optim.norm_anthology import SteepestDescent, roles
 from pondera.optim.normuon import NorMuon
+from pondera.optim.novograd import NovoGrad
 from pondera.optim.trust_region_muon import TrustRegion
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "AuON",
     "HybridAuON",
     "NorMuon",
+    "NovoGrad",
     "SteepestDescent",
     "TrustRegion",
     "dual_map",
