@@ -12,6 +12,7 @@ losses.
 
 from pondera.optim._base import gather_state, spread
 from pondera.optim._groups import groups
+from pondera.optim._norms import dual_map, dual_norm
 from pondera.optim.architecture_scaling import (
     Topology,
     architecture_scaled,
@@ -25,7 +26,9 @@ from pondera.optim.dct_projection import DCTAdamW
 from pondera.optim.decoupled_decay import SGDW
 from pondera.optim.implicit_tuning import Hypergradient, implicit_hypergradient
 from pondera.optim.layer_rotation import Layca
+from pondera.optim.norm_anthology import SteepestDescent, roles
 from pondera.optim.normuon import NorMuon
+from pondera.optim.novograd import NovoGrad
 from pondera.optim.polyak_momentum import PolyakMomentum
 from pondera.optim.power_lines import (
     CriticalBatch,
@@ -46,6 +49,7 @@ from pondera.optim.trajectory_invariance import (
     regime,
     trajectory_invariance,
 )
+from pondera.optim.trust_region_muon import TrustRegion
 
 __all__ = [
     "SGDW",
@@ -59,15 +63,20 @@ __all__ = [
     "KroneckerFit",
     "Layca",
     "NorMuon",
+    "NovoGrad",
     "Optimum",
     "PolyakMomentum",
     "PowerLaw",
     "Shampoo",
+    "SteepestDescent",
     "StructuredNGD",
     "Topology",
+    "TrustRegion",
     "architecture_scaled",
     "architecture_scaled_",
     "decay_for",
+    "dual_map",
+    "dual_norm",
     "effective_rate",
     "fit_critical_batch",
     "fit_optimum",
@@ -79,6 +88,7 @@ __all__ = [
     "one_dimensional_sweep",
     "path_depths",
     "regime",
+    "roles",
     "spread",
     "timescale",
     "topology",
