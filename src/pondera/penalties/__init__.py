@@ -2,6 +2,7 @@
 
 from pondera.penalties.conditional_invariance import nci, nci_discriminator
 from pondera.penalties.invariance_penalty import invariance, irm
+from pondera.penalties.manifold_smooth import ManifoldSmooth
 from pondera.penalties.norm_loss import norm_loss
 from pondera.penalties.orthogonal_convolution import (
     convolution_singular_values,
@@ -20,6 +21,7 @@ from pondera.penalties.weight_balancing import (
 )
 
 __all__ = [
+    "ManifoldSmooth",
     "SparseAutoencoder",
     "adjust_logits",
     "class_balanced_weights",
