@@ -10,7 +10,8 @@ from pondera.optim._groups import groups
 from pondera.optim.auon import AuON, HybridAuON
 from pondera.optim.decoupled_decay import SGDW
 from pondera.optim.layer_rotation import Layca
+from pondera.optim.model_building_step import SMB
 from pondera.optim.normuon import NorMuon
 from pondera.optim.polyak_momentum import PolyakMomentum
 
-__all__ = ["SGDW", "AuON", "HybridAuON", "Layca", "NorMuon", "PolyakMomentum", "groups"]
+__all__ = ["SGDW", "SMB", "AuON", "HybridAuON", "Layca", "NorMuon", "PolyakMomentum", "groups"]
