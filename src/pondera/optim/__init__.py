@@ -12,6 +12,19 @@ from pondera.optim.decoupled_decay import SGDW
 from pondera.optim.layer_rotation import Layca
 from pondera.optim.model_building_step import SMB
 from pondera.optim.normuon import NorMuon
+from pondera.optim.optimal_input_gain import OneHidden, TwoStage, train_two_stage
 from pondera.optim.polyak_momentum import PolyakMomentum
 
-__all__ = ["SGDW", "SMB", "AuON", "HybridAuON", "Layca", "NorMuon", "PolyakMomentum", "groups"]
+__all__ = [
+    "SGDW",
+    "SMB",
+    "AuON",
+    "HybridAuON",
+    "Layca",
+    "NorMuon",
+    "OneHidden",
+    "PolyakMomentum",
+    "TwoStage",
+    "groups",
+    "train_two_stage",
+]
