@@ -26,9 +26,11 @@ from pondera.optim.dct_projection import DCTAdamW
 from pondera.optim.decoupled_decay import SGDW
 from pondera.optim.implicit_tuning import Hypergradient, implicit_hypergradient
 from pondera.optim.layer_rotation import Layca
+from pondera.optim.model_building_step import SMB
 from pondera.optim.norm_anthology import SteepestDescent, roles
 from pondera.optim.normuon import NorMuon
 from pondera.optim.novograd import NovoGrad
+from pondera.optim.optimal_input_gain import OneHidden, TwoStage, train_two_stage
 from pondera.optim.polyak_momentum import PolyakMomentum
 from pondera.optim.power_lines import (
     CriticalBatch,
@@ -53,6 +55,7 @@ from pondera.optim.trust_region_muon import TrustRegion
 
 __all__ = [
     "SGDW",
+    "SMB",
     "AuON",
     "Bloop",
     "CriticalBatch",
@@ -64,6 +67,7 @@ __all__ = [
     "Layca",
     "NorMuon",
     "NovoGrad",
+    "OneHidden",
     "Optimum",
     "PolyakMomentum",
     "PowerLaw",
@@ -72,6 +76,7 @@ __all__ = [
     "StructuredNGD",
     "Topology",
     "TrustRegion",
+    "TwoStage",
     "architecture_scaled",
     "architecture_scaled_",
     "decay_for",
@@ -92,5 +97,6 @@ __all__ = [
     "spread",
     "timescale",
     "topology",
+    "train_two_stage",
     "trajectory_invariance",
 ]
