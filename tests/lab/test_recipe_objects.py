@@ -223,3 +223,12 @@ def test_names_of_ours_and_torchs_do_not_import_it():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
         == "False"
     )
+
+
+def test_a_parametrization_holds_a_packed_projection_once():
+    net = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    Recipe(parametrize="Conditioned").start(net, None, torch.Generator())
+    held = net.self_attn.parametrizations.in_proj_weight
+    assert len(held) == 1
+    assert torch.allclose(net.self_attn.in_proj_weight.norm(dim=1), torch.ones(24))
+    assert net(torch.randn(2, 3, 8)).shape == (2, 3, 8)

@@ -144,7 +144,8 @@ def by_the_lab(
 
 
 def asks(optimizer: torch.optim.Optimizer) -> str | None:
-    """What a step must be given: the "loss" where it takes one, a "closure" where it does not do without."""
+    """What a step must be given: the "loss" where it takes one, a "closure" where it does not do without (by its signature,
+    or as its class says by `step_needs`)."""
     return _asks(type(optimizer))
 
 
@@ -152,7 +153,7 @@ def asks(optimizer: torch.optim.Optimizer) -> str | None:
 def _asks(kind: type) -> str | None:
     takes = inspect.signature(kind.step).parameters
     closure = takes.get("closure")
-    if closure is not None and closure.default is closure.empty:
+    if getattr(kind, "step_needs", "") == "closure" or (closure is not None and closure.default is closure.empty):
         return "closure"
     return "loss" if "loss" in takes else None
 

@@ -221,6 +221,8 @@ class Recipe:
             method = held.resolve()
             if isinstance(method, type):
                 for one in require_owned(model, held.name):
+                    if one.rows is not None and one.rows.start:
+                        continue  # a part of a packed projection, which is held as one weight
                     held_by: Any = method  # a class of modules
                     torch_parametrize.register_parametrization(one.module, one.attribute, held_by(**held.kwargs))
             elif "batch" in inspect.signature(method).parameters:

@@ -71,6 +71,8 @@ class SMB(Optimizer):
     tensor([0.5720])
     """
 
+    step_needs = "closure"  # for loops that look: it does not step without
+
     def __init__(
         self,
         params: ParamsT,
