@@ -12,6 +12,7 @@ from pondera.optim._base import gather_state, spread
 from pondera.optim._groups import groups
 from pondera.optim.auon import AuON, HybridAuON
 from pondera.optim.decoupled_decay import SGDW
+from pondera.optim.kl_shampoo import KLFit, KLShampoo, kl_fit, kl_objective
 from pondera.optim.normuon import NorMuon
 from pondera.optim.shampoo_squared import KroneckerFit, Shampoo, kronecker_fit
 
@@ -19,11 +20,15 @@ __all__ = [
     "SGDW",
     "AuON",
     "HybridAuON",
+    "KLFit",
+    "KLShampoo",
     "KroneckerFit",
     "NorMuon",
     "Shampoo",
     "gather_state",
     "groups",
+    "kl_fit",
+    "kl_objective",
     "kronecker_fit",
     "spread",
 ]
