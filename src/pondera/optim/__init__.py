@@ -14,6 +14,7 @@ from pondera.optim.auon import AuON, HybridAuON
 from pondera.optim.decoupled_decay import SGDW
 from pondera.optim.kl_shampoo import KLFit, KLShampoo, kl_fit, kl_objective
 from pondera.optim.normuon import NorMuon
+from pondera.optim.shampoo_4bit import Shampoo4bit
 from pondera.optim.shampoo_squared import KroneckerFit, Shampoo, kronecker_fit
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "KroneckerFit",
     "NorMuon",
     "Shampoo",
+    "Shampoo4bit",
     "gather_state",
     "groups",
     "kl_fit",
