@@ -25,6 +25,7 @@ from pondera.optim.bloop import Bloop
 from pondera.optim.dct_projection import DCTAdamW
 from pondera.optim.decoupled_decay import SGDW
 from pondera.optim.implicit_tuning import Hypergradient, implicit_hypergradient
+from pondera.optim.kl_shampoo import KLFit, KLShampoo, kl_fit, kl_objective
 from pondera.optim.layer_rotation import Layca
 from pondera.optim.model_building_step import SMB
 from pondera.optim.norm_anthology import SteepestDescent, roles
@@ -42,6 +43,7 @@ from pondera.optim.power_lines import (
     fit_power_law,
     timescale,
 )
+from pondera.optim.shampoo_4bit import Shampoo4bit
 from pondera.optim.shampoo_squared import KroneckerFit, Shampoo, kronecker_fit
 from pondera.optim.structured_ngd import StructuredNGD
 from pondera.optim.trajectory_invariance import (
@@ -63,6 +65,8 @@ __all__ = [
     "HybridAuON",
     "Hypergradient",
     "Invariance",
+    "KLFit",
+    "KLShampoo",
     "KroneckerFit",
     "Layca",
     "NorMuon",
@@ -72,6 +76,7 @@ __all__ = [
     "PolyakMomentum",
     "PowerLaw",
     "Shampoo",
+    "Shampoo4bit",
     "SteepestDescent",
     "StructuredNGD",
     "Topology",
@@ -89,6 +94,8 @@ __all__ = [
     "gather_state",
     "groups",
     "implicit_hypergradient",
+    "kl_fit",
+    "kl_objective",
     "kronecker_fit",
     "one_dimensional_sweep",
     "path_depths",
