@@ -9,8 +9,37 @@
 
 from pondera.parametrize.bitwise import Bitwise
 from pondera.parametrize.signed_supermask import SignedSupermask
+from pondera.parametrize.u_mup import (
+    UnitEmbedding,
+    UnitLinear,
+    UnitReadout,
+    UnitResidual,
+    residual_taus,
+    u_mup_groups,
+    unit_attention,
+    unit_cross_entropy,
+    unit_gelu,
+    unit_silu_glu,
+)
 from pondera.parametrize.weight_compander import Compander
 from pondera.parametrize.weight_conditioning import Conditioned
 from pondera.parametrize.weight_normalization import data_dependent_weight_norm_, weight_norm
 
-__all__ = ["Bitwise", "Compander", "Conditioned", "SignedSupermask", "data_dependent_weight_norm_", "weight_norm"]
+__all__ = [
+    "Bitwise",
+    "Compander",
+    "Conditioned",
+    "SignedSupermask",
+    "UnitEmbedding",
+    "UnitLinear",
+    "UnitReadout",
+    "UnitResidual",
+    "data_dependent_weight_norm_",
+    "residual_taus",
+    "u_mup_groups",
+    "unit_attention",
+    "unit_cross_entropy",
+    "unit_gelu",
+    "unit_silu_glu",
+    "weight_norm",
+]
