@@ -150,7 +150,7 @@ def asks(optimizer: torch.optim.Optimizer) -> str | None:
 
 
 @cache
-def _asks(kind: type) -> str | None:
+def _asks(kind: type[torch.optim.Optimizer]) -> str | None:
     takes = inspect.signature(kind.step).parameters
     closure = takes.get("closure")
     if getattr(kind, "step_needs", "") == "closure" or (closure is not None and closure.default is closure.empty):
@@ -161,7 +161,8 @@ def _asks(kind: type) -> str | None:
 def step_with(optimizer: torch.optim.Optimizer, loss: Tensor | float) -> None:
     """The optimizer's step after backward, with the loss for those that ask for it."""
     if asks(optimizer) == "loss":
-        optimizer.step(loss=loss if isinstance(loss, float) else loss.detach())  # type: ignore[call-arg]
+        step: Any = optimizer.step
+        step(loss=loss if isinstance(loss, float) else loss.detach())
     else:
         optimizer.step()
 

@@ -368,7 +368,7 @@ def require_finite(params: list[Tensor], who: str) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    local = [p.grad.to_local() if is_sharded(p.grad) else p.grad for p in params if p.grad is not None]  # type: ignore[operator]
+    local = [p.grad.to_local() if is_sharded(p.grad) else p.grad for p in params if p.grad is not None]  # type: ignore[attr-defined]
     ends = [torch.stack(g.aminmax()).float() if g.numel() else None for g in local]
     waiting = [e for e in ends if e is not None and e.device.type != "cpu"]
     if waiting and bool(torch.stack([e.to(waiting[0].device) for e in waiting]).isfinite().all()):

@@ -188,7 +188,7 @@ class StructuredNGD(Optimizer):
                     f"{tuple(W.shape)} are in two"
                 )
             trained = of_bias is group and b is not None and b.requires_grad
-            self._layers[module] = ([W, b] if trained and b is not None else [W], group)
+            self._layers[module] = ([W, b] if trained and b is not None else [W], group)  # type: ignore[list-item]
             if module not in self._hooks:
                 self._hooks[module] = module.register_forward_hook(_Watch(self))
 
@@ -274,7 +274,7 @@ class StructuredNGD(Optimizer):
                 "StructuredNGD needs gradients as the scaler made them, got unscaled ones: the scale of what it saw in the backward "
                 "pass is lost; leave out scaler.unscale_, or train in bfloat16, which needs no scaler"
             )
-        return 0.0 if float(found) else float(self.grad_scale)
+        return 0.0 if float(found) else float(self.grad_scale)  # type: ignore[attr-defined]
 
     def _move_factors(self, layer: Layer, state: dict[str, Any], group: Group, scale: float) -> None:
         (k, c), (H_K, _, H_C, _) = self._structures(layer), self._fresh[layer]
@@ -284,8 +284,8 @@ class StructuredNGD(Optimizer):
         KK, CC = k.own_gram(K), c.own_gram(C)
         by_C, by_K, damp_C, damp_K = 1.0, 1.0, 1.0, 1.0
         if not group["kfac_like"]:
-            by_C, by_K = c.mean_of_diagonal(H_C), k.mean_of_diagonal(H_K)
-            damp_C, damp_K = c.mean_of_diagonal(CC), k.mean_of_diagonal(KK)
+            by_C, by_K = c.mean_of_diagonal(H_C), k.mean_of_diagonal(H_K)  # type: ignore[assignment]
+            damp_C, damp_K = c.mean_of_diagonal(CC), k.mean_of_diagonal(KK)  # type: ignore[assignment]
         share = 0.5 * (1 - alpha if group["normalize_lr_cov"] else 1)
         m_K = (H_K * by_C + KK * (damping * damp_C) - k.eye(K)) * share
         m_C = (H_C * by_K + CC * (damping * damp_K) - c.eye(C)) * share

@@ -157,7 +157,7 @@ class Invariance:
         ax.set(xlabel="step", ylabel="loss", title="colour: effective rate; line: learning rate")
         if len(self.settings) <= SHOWN:
             ax.legend(frameon=False, fontsize=7)
-        return ax.figure
+        return ax.figure  # type: ignore[return-value]
 
 
 def trajectory_invariance(

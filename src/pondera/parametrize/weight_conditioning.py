@@ -84,4 +84,4 @@ class Conditioned(nn.Module):
         """What each length is taken over: a row runs along all dimensions but `dim`, a column along `dim`."""
         out = self.dim % ndim
         row, column = tuple(d for d in range(ndim) if d != out), (out,)
-        return {"rows": [row], "columns": [column], "both": [row, column]}[self.what]
+        return {"rows": [row], "columns": [column], "both": [row, column]}[self.what]  # type: ignore[return-value]

@@ -215,7 +215,7 @@ def one_decay(seed: int) -> tuple[float, float, float]:
         found.append((float(F.cross_entropy(xv @ w, yv)), float(log), float(F.cross_entropy(xt @ w, yt))))
     best = min(found)
     both = minimum((torch.cat([train[0], xv]), torch.cat([train[1], yv])), torch.tensor(best[1])).detach()
-    return best[1], best[2], found[0][2], float(F.cross_entropy(xt @ both, yt))
+    return best[1], best[2], found[0][2], float(F.cross_entropy(xt @ both, yt))  # type: ignore[return-value]
 
 
 @cache

@@ -177,7 +177,7 @@ def near_the_optimum(lab: Lab, pair: Callable[[KroneckerFit], Pair]) -> Finding:
         seen = [a / b for row in rows for a, b in zip(row[of], row["best"], strict=True)]
         return min(seen), max(seen)
 
-    this, roots = ({kind: shares(of, kind) for kind in NETS} for of in ("this", "square roots"))
+    this, roots = ({kind: shares(of, kind) for kind in NETS} for of in ("this", "square roots"))  # type: ignore[assignment]
     note = ""
     if this["CNN"][0] < 0.98 <= this["MLP"][0]:
         note = (

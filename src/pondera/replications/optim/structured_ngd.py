@@ -105,7 +105,7 @@ class KFAC(torch.optim.Optimizer):
     def __init__(self, model: nn.Module, lr: float, damping: float, T: int) -> None:
         self.layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
         super().__init__(model.parameters(), {"lr": lr, "damping": damping})
-        self.T, self.t, self.fresh = T, 0, {}
+        self.T, self.t, self.fresh = T, 0, {}  # type: ignore[var-annotated]
         self.kept: dict[nn.Linear, dict[str, Tensor]] = {layer: {} for layer in self.layers}
         for layer in self.layers:
             layer.register_forward_hook(self._passed)
@@ -116,7 +116,7 @@ class KFAC(torch.optim.Optimizer):
             output.register_hook(lambda gradient: self.fresh.__setitem__(layer, (x, gradient)))
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         lr, damping = self.param_groups[0]["lr"], self.param_groups[0]["damping"]
         new: dict[nn.Linear, Tensor] = {}
         for layer in self.layers:
@@ -138,7 +138,7 @@ class KFAC(torch.optim.Optimizer):
             (n[:, :-1] * layer.weight.grad).sum() + (n[:, -1] * layer.bias.grad).sum()  # type: ignore[operator]
             for layer, n in new.items()
         )
-        clip = (1e-3 / (lr**2 * moved.abs() + 1e-20)).sqrt().clamp(max=1)  # type: ignore[union-attr]
+        clip = (1e-3 / (lr**2 * moved.abs() + 1e-20)).sqrt().clamp(max=1)  # type: ignore[attr-defined,union-attr]
         for layer, n in new.items():
             buffer = self.kept[layer]["momentum"] = 0.9 * self.kept[layer].get("momentum", 0.0) + clip * n
             layer.weight.sub_(lr * buffer[:, :-1])

@@ -78,7 +78,7 @@ class ByHand:
 
     def step(self) -> None:
         g = torch.cat([p.grad.flatten() for p in self.params])  # type: ignore[union-attr]
-        self.m = g if self.m is None else BETA * self.m + (1 - BETA) * g
+        self.m = g if self.m is None else BETA * self.m + (1 - BETA) * g  # type: ignore[assignment]
         parts = self.direction(self.m).split([p.numel() for p in self.params])
         for p, d in zip(self.params, parts, strict=True):
             p.data = (1 - RATE * DECAY) * p.data - RATE * d.view_as(p)
@@ -107,8 +107,8 @@ def named_settings(lab: Lab, make: Make) -> Finding:
 
     pairs: dict[str, tuple[Make, Make, torch.dtype]] = {
         "Muon": (partial(make, **both, **muon), partial(torch.optim.Muon, **both), torch.float32),
-        "signSGD": (partial(make, norm="max", **both), partial(ByHand, direction=signs), F64),
-        "normalised SGD": (partial(make, norm="frobenius", **both), partial(ByHand, direction=unit), F64),
+        "signSGD": (partial(make, norm="max", **both), partial(ByHand, direction=signs), F64),  # type: ignore[dict-item]
+        "normalised SGD": (partial(make, norm="frobenius", **both), partial(ByHand, direction=unit), F64),  # type: ignore[dict-item]
     }
     apart: dict[str, list[float]] = {}
     for name, (ours, theirs, dtype) in pairs.items():

@@ -47,7 +47,7 @@ class _Feed(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(n, elementwise_affine=False)
         self.up, self.down, self.act = linear(n, 4 * n, bias=False), linear(4 * n, n, bias=False), unit
-        self.act = unit_gelu if unit else F.gelu
+        self.act = unit_gelu if unit else F.gelu  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.act(self.up(self.norm(x))))

@@ -158,7 +158,7 @@ def path(envs: Envs, penalty: Of) -> dict[float, Tensor]:
             features = [x @ at[:-1] for x, _ in envs]
             outputs = [at[-1] * phi for phi in features]
             total = sum(F.mse_loss(f, y) for f, y in zip(outputs, ys)) / len(ys)
-            return (total + lam * penalty(features, outputs, ys)) / (1 + lam) if lam else total
+            return (total + lam * penalty(features, outputs, ys)) / (1 + lam) if lam else total  # type: ignore[return-value]
 
         at = minimum(value, at, 150)
         found[lam] = at[:-1] * at[-1]

@@ -138,7 +138,7 @@ def fitted(world: str, seed: int, kind: str, step: float) -> tuple[float, float,
             wrong = (f.sign() != y).double() if world == "moons" else (f - y).square()
             tune, test = (float(part.mean()) for part in (wrong[LABELLED : LABELLED + 30], wrong[LABELLED + 30 :]))
             squared = float((f - y)[LABELLED : LABELLED + 30].square().mean())  # where shares of errors are equal
-            best = min(best, (tune, squared, test, float(p["smooth"].lipschitz(f)), factor))
+            best = min(best, (tune, squared, test, float(p["smooth"].lipschitz(f)), factor))  # type: ignore[assignment]
     return best[2], best[3], best[4]
 
 

@@ -141,7 +141,7 @@ def course(pull: Pull, seeds: range, kind: str, trials: tuple[tuple[float, float
                 if pull is not nothing:
                     values = sum(pull(w, s, u) for w, s, u in zip(layers[::2], starts, vectors))
                     if pull is spectral_each:
-                        values = values + sum(b.square().sum(1).square() for b in layers[1::2])
+                        values = values + sum(b.square().sum(1).square() for b in layers[1::2])  # type: ignore[assignment]
                     loss = loss + (factor * values).sum()
                 steps += 1
                 with torch.no_grad():  # Adam, each net at its own rate
