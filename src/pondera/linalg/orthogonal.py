@@ -104,10 +104,7 @@ def newton_schulz(
     if tall:
         y = y.mT
     y = y / (y.norm(dim=(-2, -1), keepdim=True) + eps)
-    add = torch.addmm if y.ndim == 2 else torch.baddbmm
-    batch, y = y.shape[:-2], y if y.ndim == 2 else y.flatten(0, -3)
     for _ in range(steps):
         gram = y @ y.mT
-        y = add(y, add(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    y = y.reshape(*batch, *y.shape[-2:])
+        y = a * y + (b * gram + c * gram @ gram) @ y
     return (y.mT if tall else y).to(x.dtype)
