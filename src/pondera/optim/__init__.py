@@ -1,6 +1,8 @@
 """How weights move: `torch.optim.Optimizer` subclasses, and `groups`, which splits a model's matrices from the rest.
 
-`spread` lets the ranks of a distributed run share the work of a matrix optimizer.
+`spread` lets the ranks of a distributed run share the work of a matrix optimizer. Beside the optimizers are tools for
+setting them: laws fitted to a sweep, rates for a graph, gradients of hyperparameters, and surgery on the gradients of several
+losses.
 
 >>> import torch
 >>> from pondera.optim import NorMuon, groups
@@ -11,25 +13,84 @@
 from pondera.optim._base import gather_state, spread
 from pondera.optim._groups import groups
 from pondera.optim._norms import dual_map, dual_norm
+from pondera.optim.architecture_scaling import (
+    Topology,
+    architecture_scaled,
+    architecture_scaled_,
+    path_depths,
+    topology,
+)
 from pondera.optim.auon import AuON, HybridAuON
+from pondera.optim.bloop import Bloop
+from pondera.optim.dct_projection import DCTAdamW
 from pondera.optim.decoupled_decay import SGDW
+from pondera.optim.implicit_tuning import Hypergradient, implicit_hypergradient
+from pondera.optim.layer_rotation import Layca
 from pondera.optim.norm_anthology import SteepestDescent, roles
 from pondera.optim.normuon import NorMuon
 from pondera.optim.novograd import NovoGrad
+from pondera.optim.polyak_momentum import PolyakMomentum
+from pondera.optim.power_lines import (
+    CriticalBatch,
+    Optimum,
+    PowerLaw,
+    decay_for,
+    fit_critical_batch,
+    fit_optimum,
+    fit_power_law,
+    timescale,
+)
+from pondera.optim.shampoo_squared import KroneckerFit, Shampoo, kronecker_fit
+from pondera.optim.structured_ngd import StructuredNGD
+from pondera.optim.trajectory_invariance import (
+    Invariance,
+    effective_rate,
+    one_dimensional_sweep,
+    regime,
+    trajectory_invariance,
+)
 from pondera.optim.trust_region_muon import TrustRegion
 
 __all__ = [
     "SGDW",
     "AuON",
+    "Bloop",
+    "CriticalBatch",
+    "DCTAdamW",
     "HybridAuON",
+    "Hypergradient",
+    "Invariance",
+    "KroneckerFit",
+    "Layca",
     "NorMuon",
     "NovoGrad",
+    "Optimum",
+    "PolyakMomentum",
+    "PowerLaw",
+    "Shampoo",
     "SteepestDescent",
+    "StructuredNGD",
+    "Topology",
     "TrustRegion",
+    "architecture_scaled",
+    "architecture_scaled_",
+    "decay_for",
     "dual_map",
     "dual_norm",
+    "effective_rate",
+    "fit_critical_batch",
+    "fit_optimum",
+    "fit_power_law",
     "gather_state",
     "groups",
+    "implicit_hypergradient",
+    "kronecker_fit",
+    "one_dimensional_sweep",
+    "path_depths",
+    "regime",
     "roles",
     "spread",
+    "timescale",
+    "topology",
+    "trajectory_invariance",
 ]

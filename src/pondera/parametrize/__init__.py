@@ -7,6 +7,9 @@
 ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1']
 """
 
+from pondera.parametrize.bitwise import Bitwise
+from pondera.parametrize.weight_compander import Compander
+from pondera.parametrize.weight_conditioning import Conditioned
 from pondera.parametrize.weight_normalization import data_dependent_weight_norm_, weight_norm
 
-__all__ = ["data_dependent_weight_norm_", "weight_norm"]
+__all__ = ["Bitwise", "Compander", "Conditioned", "data_dependent_weight_norm_", "weight_norm"]
