@@ -30,6 +30,7 @@ MADE_BY = {
     ),
 }
 LR_ALONE = {"SMB", "Layca"}  # neither momentum nor decay to refuse
+BETAS = {"NovoGrad"}  # betas in the place of momentum
 # a schedule to zero leaves something moving, by the paper: momentum of steps already taken (SGDW's line 9)
 MOVES_ON = {"SGDW"}
 NO_SCALER = {"SMB"}  # evaluates the loss and its gradient again within a step, which no scaler knows of
@@ -265,8 +266,12 @@ def test_torch_compile(name):
 def test_refuses_in_one_sentence(name):
     net = model()
     refused = [{"lr": -1.0}, {"lr": float("nan")}]
+<<<<<<< HEAD
     takes = inspect.signature(getattr(pondera.optim, name)).parameters
     average = {"momentum": 1.5} if "momentum" in takes else {"betas": (1.5, 0.9)}
+=======
+    average = {"betas": (1.5, 0.9)} if name in BETAS else {"momentum": 1.5}
+>>>>>>> hA
     for bad in refused if name in LR_ALONE else [*refused, {"weight_decay": -1.0}, average]:
         with pytest.raises(BadInput) as caught:
             make(name, net.parameters(), **{"lr": 0.1, **bad})
