@@ -69,7 +69,7 @@ def same_angle(lab: Lab, wrap: Callable[[torch.optim.Optimizer, float], torch.op
             x = torch.randn(32, 8, dtype=torch.float64)
             optimizer = wrap(kind(list(net.parameters()), 0.01), 0.02)
             kernels = [p for p in net.parameters() if p.ndim == 2]
-            first = [float(p.norm()) for p in kernels]
+            first = [float(p.detach().norm()) for p in kernels]
             for _ in range(20):
                 before = [p.detach().clone() for p in kernels]
                 optimizer.zero_grad()
@@ -79,7 +79,7 @@ def same_angle(lab: Lab, wrap: Callable[[torch.optim.Optimizer, float], torch.op
                     a, b = p.detach() / p.detach().norm(), old / old.norm()
                     angle = 2 * math.atan2(float((a - b).norm()), float((a + b).norm()))
                     off = max(off, abs(angle / math.atan(0.02) - 1))
-            size = max(size, *(abs(float(p.norm()) / n - 1) for p, n in zip(kernels, first, strict=True)))
+            size = max(size, *(abs(float(p.detach().norm()) / n - 1) for p, n in zip(kernels, first, strict=True)))
     return conclude(
         {"the same angle": met(off < 1e-6), "the norm is kept": met(size < 1e-10)},
         largest_relative_error_of_the_angle=off,
@@ -244,7 +244,7 @@ def draw(lab: Lab) -> None:
     from matplotlib import pyplot as plt
 
     names = {layca: "Layca", sgd: "SGD", sgd_with_decay: "SGD with decay", adam: "Adam"}
-    fig, axes = plt.subplots(1, len(GROUNDS), figsize=(8, 3.2))
+    fig, axes = plt.subplots(1, len(GROUNDS), figsize=(8, 3.2), layout="constrained")
     for ax, ground in zip(axes, GROUNDS, strict=True):
         for make, name in names.items():
             runs = [run for s in lab.seeds for run in fitting(ground, make, FRESH + s).values()]
