@@ -30,7 +30,6 @@ MADE_BY = {
     ),
 }
 LR_ALONE = {"SMB", "Layca"}  # neither momentum nor decay to refuse
-BETAS = {"NovoGrad"}  # betas in the place of momentum
 # a schedule to zero leaves something moving, by the paper: momentum of steps already taken (SGDW's line 9)
 MOVES_ON = {"SGDW"}
 NO_SCALER = {"SMB"}  # evaluates the loss and its gradient again within a step, which no scaler knows of
@@ -266,13 +265,10 @@ def test_torch_compile(name):
 def test_refuses_in_one_sentence(name):
     net = model()
     refused = [{"lr": -1.0}, {"lr": float("nan")}]
-<<<<<<< HEAD
     takes = inspect.signature(getattr(pondera.optim, name)).parameters
-    average = {"momentum": 1.5} if "momentum" in takes else {"betas": (1.5, 0.9)}
-=======
-    average = {"betas": (1.5, 0.9)} if name in BETAS else {"momentum": 1.5}
->>>>>>> hA
-    for bad in refused if name in LR_ALONE else [*refused, {"weight_decay": -1.0}, average]:
+    bad_settings = [{"momentum": 1.5}, {"betas": (1.5, 0.9)}, {"weight_decay": -1.0}]
+    others = [bad for bad in bad_settings if next(iter(bad)) in takes]
+    for bad in refused if name in LR_ALONE else [*refused, *others]:
         with pytest.raises(BadInput) as caught:
             make(name, net.parameters(), **{"lr": 0.1, **bad})
         assert "\n" not in str(caught.value)
