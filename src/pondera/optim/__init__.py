@@ -10,6 +10,7 @@
 
 from pondera.optim._base import gather_state, spread
 from pondera.optim._groups import groups
+from pondera.optim.adafactor import Adafactor
 from pondera.optim.auon import AuON, HybridAuON
 from pondera.optim.dct_projection import DCTAdamW
 from pondera.optim.decoupled_decay import SGDW
@@ -18,6 +19,7 @@ from pondera.optim.structured_ngd import StructuredNGD
 
 __all__ = [
     "SGDW",
+    "Adafactor",
     "AuON",
     "DCTAdamW",
     "HybridAuON",
