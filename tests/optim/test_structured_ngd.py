@@ -127,8 +127,8 @@ def test_the_factors_tend_to_inverses():
     x = torch.cat([numbers(5, 3, seed=0), torch.ones(5, 1).double()], 1)
     U, one = x.T @ x / 5, torch.eye(4).double()
     for kfac_like in (True, False):
-        layer, optimizer = one_layer(lr=0.0, lr_cov=0.3, alpha1=0.0, damping=0.1, T=1, kfac_like=kfac_like)
-        for _ in range(150):
+        layer, optimizer = one_layer(lr=0.0, lr_cov=0.1, alpha1=0.0, damping=0.1, T=1, kfac_like=kfac_like)
+        for _ in range(400):
             optimizer.zero_grad()
             squared(layer, 0).backward()
             optimizer.step()

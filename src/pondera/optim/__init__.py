@@ -13,6 +13,7 @@ losses.
 from pondera.optim._base import gather_state, spread
 from pondera.optim._groups import groups
 from pondera.optim._norms import dual_map, dual_norm
+from pondera.optim.adafactor import Adafactor
 from pondera.optim.architecture_scaling import (
     Topology,
     architecture_scaled,
@@ -58,6 +59,7 @@ from pondera.optim.trust_region_muon import TrustRegion
 __all__ = [
     "SGDW",
     "SMB",
+    "Adafactor",
     "AuON",
     "Bloop",
     "CriticalBatch",
