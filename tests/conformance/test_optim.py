@@ -12,11 +12,13 @@ from torch import nn
 import pondera.optim
 from pondera.errors import BadInput
 
-OPTIMIZERS = sorted(
+EVERY = sorted(
     n
     for n in pondera.optim.__all__
     if inspect.isclass(getattr(pondera.optim, n)) and issubclass(getattr(pondera.optim, n), torch.optim.Optimizer)
 )
+# those made of a model and not of parameters have the same checks in tests of their own
+OPTIMIZERS = [n for n in EVERY if not getattr(getattr(pondera.optim, n), "wants_model", False)]
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 # Optimizers whose step asks for more than gradients, "loss" for step(loss=...) and "closure" for step(closure). A closure

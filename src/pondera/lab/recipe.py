@@ -262,6 +262,8 @@ class Recipe:
             muon = method(matrices, lr=rate, **choice.kwargs)
             return [muon, torch.optim.AdamW(rest, lr=rate * VECTOR_RATE_RATIO, weight_decay=0.0)] if rest else [muon]
         params: Any = [p for p in model.parameters() if p.requires_grad]
+        if getattr(method, "wants_model", False):
+            return [method(model, lr=rate, **choice.kwargs)]
         if getattr(method, "matrix_method", False):
             from pondera.optim import groups
 
