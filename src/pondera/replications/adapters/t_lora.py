@@ -29,7 +29,7 @@ from pondera.replications import Effect, Finding, Lab, Part, Sham, claim, conclu
 from pondera.replications._kept import run_all
 
 BATCH = 4
-MARKS = (30, 45, 60, 80, 110, 150, 220, 320)  # steps after which a run is looked at
+MARKS = (30, 45, 60, 80, 110, 150, 200, 260)  # steps after which a run is looked at
 ENOUGH = 0.8  # the probability of the concept under the training prompt, where a run is read
 RATES = (3e-4, 1e-3, 3e-3)
 TUNED_ON, TUNING_SEED = ("umbrella", "question", "knight", "eject"), 100
@@ -40,6 +40,7 @@ PLACES = (
     ("purple", "bottom right"), ("black", "top left"), ("checkered", "center"), ("blue", "bottom left"),
 )  # fmt: skip
 NEUTRAL = 6  # images under the training prompt
+WHOLE = 32  # the rank at which runs go on past where they are read
 WHAT = ("neutral", "joint", "concept", "background", "position")
 
 
@@ -68,9 +69,9 @@ Looks = dict[str, list[float]]  # of one run: a figure of WHAT, mark by mark
 
 def train(
     arm: Arm, rank: int, rate: float, concept: str, seed: int, *, marks: Sequence[int] = MARKS,
-    look: Callable[[Any], None] = lambda pipe: None,
+    look: Callable[[Any], bool] = lambda pipe: False,
 ) -> Any:  # fmt: skip
-    """The base with one adapter trained on one image; `look` is called with it after each mark."""
+    """The base with one adapter trained on one image; `look` is called with it after each mark and says whether to stop."""
     from pondera.adapters import TLoraConfig
     from pondera.customize import glyphs
     from pondera.customize._denoisers import ATTENTION, repeat, trainable
@@ -93,8 +94,8 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if step in marks:
-            look(pipe)
+        if step in marks and look(pipe):
+            break
     return pipe
 
 
@@ -115,39 +116,39 @@ def looked_at(pipe: Any, concept: str, seed: int) -> dict[str, float]:
     return dict(zip(WHAT, (neutral, float(shares.prod(1).mean()), *shares.mean(0).tolist())))
 
 
-def _run(task: tuple[list[Any], int, float, str, int, list[int]]) -> dict[str, Looks]:
-    """One run; T-LoRA's is looked at without its mask as well."""
+def _run(task: tuple[list[Any], int, float, str, int, list[int], bool]) -> dict[str, Looks]:
+    """One run; T-LoRA's is looked at without its mask as well. With `short`, the last item, it ends where it is read."""
     from pondera.adapters import at_timestep
 
     torch.set_num_threads(1)
-    (start, masked, span), rank, rate, concept, seed, marks = task
+    (start, masked, span), rank, rate, concept, seed, marks, short = task
     arm = Arm(start, masked, span=tuple(span))
     found: dict[str, Looks] = {"as trained": {w: [] for w in WHAT}, "without mask": {w: [] for w in WHAT}}
 
-    def look(pipe: Any) -> None:
+    def look(pipe: Any) -> bool:
         for what, value in looked_at(pipe, concept, seed).items():
             found["as trained"][what].append(round(value, 4))
-        if arm == T_LORA:
+        if arm == T_LORA and not short:
             with at_timestep(pipe.unet, 0):
                 for what, value in looked_at(pipe, concept, seed).items():
                     found["without mask"][what].append(round(value, 4))
+        return short and found["as trained"]["neutral"][-1] >= ENOUGH
 
     train(arm, rank, rate, concept, seed, marks=marks, look=look)
     return found
 
 
-def _runs(arms: Sequence[Arm], rank: int, rates: Sequence[float], concepts: Sequence[str], seeds: Sequence[int],
-          marks: Sequence[int] = MARKS) -> list[Looks]:  # fmt: skip
-    """Runs of all arms at their rates, concept by concept and seed by seed, each made once and kept on disk."""
+def _runs(arm: Arm, rank: int, rates: Sequence[float], concepts: Sequence[str], seeds: Sequence[int], *,
+          marks: Sequence[int] = MARKS, short: bool = False) -> list[Looks]:  # fmt: skip
+    """Runs of an arm, rate by rate, concept by concept and seed by seed, each made once and kept on disk."""
     from pondera.customize.glyphs import _judge, _pipeline
 
     weights = hashlib.sha256(_pipeline.BASE.read_bytes() + _judge.WEIGHTS.read_bytes()).hexdigest()
-    settings = f"{BATCH} {PLACES} {NEUTRAL} {__version__} {weights}"
-    wanted = [(arm, rate, c, s) for arm, rate in zip(arms, rates) for c in concepts for s in seeds]
-    tasks = [[[arm.start, arm.masked, list(arm.span)], rank, rate, c, s, list(marks)] for arm, rate, c, s in wanted]
-    rows = run_all("t-lora", _run, list({str(t): t for t in tasks}.values()), settings)
-    made = dict(zip(dict.fromkeys(map(str, tasks)), rows))
-    return [made[str(t)]["as trained" if arm.sampled_masked else "without mask"] for t, (arm, *_) in zip(tasks, wanted)]
+    settings = f"{BATCH} {PLACES} {NEUTRAL} {ENOUGH} {__version__} {weights}"
+    which = [arm.start, arm.masked, list(arm.span)]
+    tasks = [[which, rank, rate, c, s, list(marks), short] for rate in rates for c in concepts for s in seeds]
+    seen = "as trained" if arm.sampled_masked else "without mask"
+    return [row[seen] for row in run_all("t-lora", _run, tasks, settings)]
 
 
 def reading(run: Looks, what: str) -> float:
@@ -175,7 +176,7 @@ def rate_of(arm: Arm, rank: int) -> tuple[float, dict[str, float]]:
     found: dict[float, float] = {}
 
     def try_(rates: Sequence[float]) -> None:
-        runs = _runs([arm] * len(rates), rank, rates, TUNED_ON, (TUNING_SEED,))
+        runs = _runs(arm, rank, rates, TUNED_ON, (TUNING_SEED,), short=True)
         for k, rate in enumerate(rates):
             mine = runs[k * len(TUNED_ON) : (k + 1) * len(TUNED_ON)]
             found[rate] = sum(reading(run, "joint") for run in mine) / len(mine)
@@ -190,8 +191,8 @@ def rate_of(arm: Arm, rank: int) -> tuple[float, dict[str, float]]:
 
 @cache
 def judged(arm: Arm, rank: int) -> list[list[Looks]]:
-    """The runs of an arm at its own rate: concept by concept, a run a seed."""
-    runs = _runs([arm], rank, [rate_of(arm, rank)[0]], TAUGHT, SEEDS)
+    """The runs of an arm at its own rate: concept by concept, a run a seed; to the end at the rank `WHOLE`."""
+    runs = _runs(arm, rank, [rate_of(arm, rank)[0]], TAUGHT, SEEDS, short=rank != WHOLE)
     return [runs[k : k + len(SEEDS)] for k in range(0, len(runs), len(SEEDS))]
 
 
@@ -233,7 +234,7 @@ def over_lora(lab: Lab, method: Arm, rank: int) -> tuple[Part, dict[str, Effect]
 
 
 TUNED = (
-    "each arm at the rate of its best joint score on four other concepts, 320 steps of batch 4, 8 concepts x 2 seeds nested by "
+    "each arm at the rate of its best joint score on four other concepts, 260 steps of batch 4, 8 concepts x 2 seeds nested by "
     "concept, read where the training prompt first shows the concept with a probability of 0.8: "
 )
 NOTHING = Sham("LoRA itself under the method's name", LORA)
@@ -298,7 +299,7 @@ def both_parts_help(lab: Lab, method: tuple[Arm, Arm]) -> Finding:
     "Trained on past the step where the concept is learnt, LoRA lets go of the prompt sooner than T-LoRA",
     source="Fig. 2 and Table 1, at one rate and length for both",
     budget="full",
-    criterion="rank 32, the same runs after all 320 steps: the mean probability of background and position of T-LoRA minus LoRA has "
+    criterion="rank 32, the same runs after all 260 steps: the mean probability of background and position of T-LoRA minus LoRA has "
     "its interval above 0, and the probability of the concept under the training prompt has its interval above -0.1",
     method=T_LORA,
     sham=NOTHING,
@@ -322,7 +323,7 @@ SPANS = ((0, 500), (800, 1000))
     "Training at high timesteps only overfits most; at low ones only, the prompt is followed best and the concept least",
     source="Fig. 2, Sec. 3",
     budget="full",
-    criterion="LoRA of rank 32 at its tuned rate, after 220 steps, 8 concepts, one seed each: the mean probability of background and "
+    criterion="LoRA of rank 32 at its tuned rate, after 200 steps, 8 concepts, one seed each: the mean probability of background and "
     "position is higher for times of 0 to 499 than for 800 to 999, lower for 800 to 999 than for all times, and the probability "
     "of the concept is lower for 0 to 499 than for all times (intervals)",
     method=SPANS,
@@ -330,9 +331,14 @@ SPANS = ((0, 500), (800, 1000))
 )
 def high_timesteps_overfit(lab: Lab, spans: tuple[tuple[int, int], tuple[int, int]]) -> Finding:
     lab.draws(1)
-    rate, marks = rate_of(LORA, 32)[0], (220,)
-    every = _runs([LORA], 32, [rate], TAUGHT, SEEDS[:1], marks)
-    low, high = (_runs([Arm("lora", False, span=span)], 32, [rate], TAUGHT, SEEDS[:1], marks) for span in spans)
+    rate, last = rate_of(LORA, 32)[0], MARKS.index(200)
+    every = [{what: values[: last + 1] for what, values in runs[0].items()} for runs in judged(LORA, 32)]
+    low, high = (
+        every
+        if span == LORA.span
+        else _runs(Arm("lora", False, span=span), 32, [rate], TAUGHT, SEEDS[:1], marks=(200,))
+        for span in spans
+    )
     kept = {name: [prompt_kept(r) for r in runs] for name, runs in (("low", low), ("high", high), ("all", every))}
     drawn = {name: [r["concept"][-1] for r in runs] for name, runs in (("low", low), ("high", high), ("all", every))}
     gaps = {
