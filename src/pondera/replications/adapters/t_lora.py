@@ -29,7 +29,16 @@ from pondera.replications import Effect, Finding, Lab, Part, Sham, claim, conclu
 from pondera.replications._kept import run_all
 
 BATCH = 4
-MARKS = (30, 45, 60, 80, 110, 150, 200, 260)  # steps after which a run is looked at
+MARKS = (
+    30,
+    45,
+    60,
+    80,
+    110,
+    150,
+    200,
+    260,
+)  # steps at a rate of 1e-3 after which a run is looked at; at others in proportion
 ENOUGH = 0.8  # the probability of the concept under the training prompt, where a run is read
 RATES = (3e-4, 1e-3, 3e-3)
 TUNED_ON, TUNING_SEED = ("umbrella", "question", "knight", "eject"), 100
@@ -146,7 +155,8 @@ def _runs(arm: Arm, rank: int, rates: Sequence[float], concepts: Sequence[str], 
     weights = hashlib.sha256(_pipeline.BASE.read_bytes() + _judge.WEIGHTS.read_bytes()).hexdigest()
     settings = f"{BATCH} {PLACES} {NEUTRAL} {ENOUGH} {__version__} {weights}"
     which = [arm.start, arm.masked, list(arm.span)]
-    tasks = [[which, rank, rate, c, s, list(marks), short] for rate in rates for c in concepts for s in seeds]
+    at = {rate: [round(m * 1e-3 / rate) for m in marks] for rate in rates}
+    tasks = [[which, rank, rate, c, s, at[rate], short] for rate in rates for c in concepts for s in seeds]
     seen = "as trained" if arm.sampled_masked else "without mask"
     return [row[seen] for row in run_all("t-lora", _run, tasks, settings)]
 
@@ -234,7 +244,7 @@ def over_lora(lab: Lab, method: Arm, rank: int) -> tuple[Part, dict[str, Effect]
 
 
 TUNED = (
-    "each arm at the rate of its best joint score on four other concepts, 260 steps of batch 4, 8 concepts x 2 seeds nested by "
+    "each arm at the rate of its best joint score on four other concepts, 260 steps of batch 4 at a rate of 1e-3 and in proportion at others, 8 concepts x 2 seeds nested by "
     "concept, read where the training prompt first shows the concept with a probability of 0.8: "
 )
 NOTHING = Sham("LoRA itself under the method's name", LORA)
