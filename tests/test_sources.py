@@ -76,9 +76,11 @@ def test_prose_and_what_belongs_to_others_leave_it_alone(copy, tmp_path):
     assert prints() == first
 
 
-def test_a_method_that_a_recipe_names_belongs_to_it():
-    files = claim_sources("pondera.replications.init.lsuv", "trains_where_xavier_and_he_stall")[1]
-    assert {"pondera.init.lsuv", "pondera.init.orthogonal_features", "pondera.lab.tasks.deep"} <= set(files)
+def test_a_method_that_a_recipe_names_belongs_to_it(copy):
+    replication = copy / "replications" / "penalties" / "norm_loss.py"
+    change(replication, 'lab.compare("digits", [', 'lab.compare("deep", ["init=orthogonal", ')
+    files = claim_sources(NAME, "flat_in_factor")[1]
+    assert {"pondera.penalties.norm_loss", "pondera.init.orthogonal_features", "pondera.lab.tasks.deep"} <= set(files)
     assert not [m for m in files if m.startswith(("pondera.cli", "pondera.papers", "pondera.lab.train"))]
 
 

@@ -186,7 +186,9 @@ def test_what_papers_came_to_is_said_of_every_one_that_was_tried(copy: Path) -> 
         assert told in words if p.came_to else f"[{p.key}]({p.key}.md)" in words.partition("not summed up yet")[2]
     total = next(r for r in words.partition("## Claims")[2].splitlines() if r.startswith("| all |"))
     counted = [evidence.counts(p.key) for p in tried]
-    assert [int(n or 0) for n in total.split("|")[3:7]] == [sum(c.get(o, 0) for c in counted) for o in evidence.OUTCOMES]
+    assert [int(n or 0) for n in total.split("|")[3:7]] == [
+        sum(c.get(o, 0) for c in counted) for o in evidence.OUTCOMES
+    ]
 
 
 def test_choices_name_only_what_is_built(copy: Path) -> None:

@@ -144,7 +144,7 @@ def test_headlines_agree_with_verdicts():
         if not p.came_to:
             continue
         assert p.came_to in found_by.HEADLINES, p.key
-        assert len(p.headline) > 20, p.key
+        assert 20 < len(p.headline) <= 320, f"{p.key}: a headline is one sentence, and has {len(p.headline)} letters"
         found = found_by.counts(p.key)
         needed = {
             "helps": ("holds",),

@@ -244,16 +244,16 @@ def test_one_claim_is_run_and_the_others_keep_their_record(tmp_path, monkeypatch
     (tmp_path / "adapters").mkdir()
     path = tmp_path / "adapters" / "eva.json"
     path.write_text(json.dumps(before))
-    first, second = claims("eva")
+    first, second, *others = claims("eva")
     ran = []
 
-    def run(lab):
+    def run(lab, method):
         ran.append(lab)
         return judge(True, x=3.0)
 
     run.__name__ = second.name
     fake = replace(second, run=run)
-    monkeypatch.setattr("pondera.replications._claims.claims", lambda key: [first, fake])
+    monkeypatch.setattr("pondera.replications._claims.claims", lambda key: [first, fake, *others])
     found = reproduce("eva", only=[second.name], budgets=("gpu",), out=tmp_path)
     assert [c["name"] for c in found["claims"]] == [second.name]
     after = json.loads(path.read_text())["claims"]

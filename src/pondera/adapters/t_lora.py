@@ -63,9 +63,10 @@ class TLoraConfig(AdapterConfig):
             if none was fixed by `at_timestep`.
     Paper: Soboleva et al. 2025, arXiv 2507.05964; code ControlGenAI/T-LoRA. Deviations: the random start is drawn from
         the law of the SVD (Haar factors, the singular values of a Gaussian matrix through its bidiagonal form) instead
-        of a full SVD; the start from the weight uses its thin SVD, where the code takes rows outside the row space and
-        cannot be run as released; masks are kept per sample, where the code gives a batch the mask of its first; a
-        layer smaller than r is refused, where the code cuts the rank.
+        of a full SVD; the start from the weight uses its thin SVD, where the code takes rows outside the row space of
+        wide weights and columns outside the column space of tall ones, and cannot be run as released; masks are kept per
+        sample, where the code gives a batch the mask of its first; a layer smaller than r is refused, where the code
+        cuts the rank.
 
     >>> import peft, torch
     >>> from diffusers import UNet2DConditionModel

