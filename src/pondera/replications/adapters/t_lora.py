@@ -244,8 +244,9 @@ def over_lora(lab: Lab, method: Arm, rank: int) -> tuple[Part, dict[str, Effect]
 
 
 TUNED = (
-    "each arm at the rate of its best joint score on four other concepts, 260 steps of batch 4 at a rate of 1e-3 and in proportion at others, 8 concepts x 2 seeds nested by "
-    "concept, read where the training prompt first shows the concept with a probability of 0.8: "
+    "each arm at the rate of its best joint score on four other concepts, batch 4, 260 steps at a rate of 1e-3 and in proportion at "
+    "others, 8 concepts x 2 seeds nested by concept, read where the training prompt first shows the concept with a probability of "
+    "0.8: "
 )
 NOTHING = Sham("LoRA itself under the method's name", LORA)
 
@@ -307,9 +308,9 @@ def both_parts_help(lab: Lab, method: tuple[Arm, Arm]) -> Finding:
 
 @claim(
     "Trained on past the step where the concept is learnt, LoRA lets go of the prompt sooner than T-LoRA",
-    source="Fig. 2 and Table 1, at one rate and length for both",
+    source="Fig. 2 and Table 1, at one rate and length for both; here each at its own rate, the steps in proportion",
     budget="full",
-    criterion="rank 32, the same runs after all 260 steps: the mean probability of background and position of T-LoRA minus LoRA has "
+    criterion="rank 32, the same runs at their end: the mean probability of background and position of T-LoRA minus LoRA has "
     "its interval above 0, and the probability of the concept under the training prompt has its interval above -0.1",
     method=T_LORA,
     sham=NOTHING,
@@ -333,9 +334,9 @@ SPANS = ((0, 500), (800, 1000))
     "Training at high timesteps only overfits most; at low ones only, the prompt is followed best and the concept least",
     source="Fig. 2, Sec. 3",
     budget="full",
-    criterion="LoRA of rank 32 at its tuned rate, after 200 steps, 8 concepts, one seed each: the mean probability of background and "
-    "position is higher for times of 0 to 499 than for 800 to 999, lower for 800 to 999 than for all times, and the probability "
-    "of the concept is lower for 0 to 499 than for all times (intervals)",
+    criterion="LoRA of rank 32 at its tuned rate, after 200 steps at 1e-3 or as many in proportion, 8 concepts, one seed each: the "
+    "mean probability of background and position is higher for times of 0 to 499 than for 800 to 999, lower for 800 to 999 than "
+    "for all times, and the probability of the concept is lower for 0 to 499 than for all times (intervals)",
     method=SPANS,
     sham=Sham("all times in the place of both spans", ((0, 1000), (0, 1000))),
 )
@@ -436,7 +437,7 @@ def _figure(rank: int) -> Any:
         ax.axvline(ENOUGH, color="0.6", lw=0.8, ls=":")
         ax.grid(alpha=0.3)
     fig.suptitle(
-        f"Along {MARKS[0]} to {MARKS[-1]} steps, rank {rank}, each at its own rate; 8 concepts, 95% intervals",
+        f"Along training, rank {rank}, each at its own rate; 8 concepts, 95% intervals",
         fontsize=10,
     )
     return fig
