@@ -38,7 +38,7 @@ MARKS = (
     150,
     200,
     260,
-)  # steps at a rate of 1e-3 after which a run is looked at; at others in proportion
+)  # a run is looked at after so many steps at 1e-3, in proportion at other rates
 ENOUGH = 0.8  # the probability of the concept under the training prompt, where a run is read
 RATES = (3e-4, 1e-3, 3e-3)
 TUNED_ON, TUNING_SEED = ("umbrella", "question", "knight", "eject"), 100
