@@ -184,8 +184,8 @@ def came_to(papers: Iterable[Paper]) -> str:
         f"{len(tried)} of them have been put to the test so far, by {claims} claims that were re-run here on small models and "
         "real or made data, the rates of all choices tuned alike. What stands here is what that showed, and no more: a method "
         "that shows no gain on a net of a hundred thousand weights may have one on a billion. A claim *holds* or is *refuted* "
-        "where an interval leaves its threshold behind, and is *undecided* where it does not; each was also tried on a sham "
-        "in the method's place, for which it must not hold.",
+        "where an interval leaves its threshold behind, and is *undecided* where it does not; each, those of papers not "
+        "summed up yet excepted, was also tried on a sham in the method's place, for which it must not hold.",
         "## Papers\n\n"
         + _table(("Room", "Papers", "Tested", *(h.capitalize() for h in evidence.HEADLINES)), concluded)
         + "\n"
@@ -230,8 +230,8 @@ def _conclusion(p: Paper) -> str:
     lines = [f"- [{p.key}]({p.key}.md) ({p.room}), **{p.came_to}**: {text(p.headline)}"]
     for r in evidence.recorded(p.key):
         if p.came_to != "helps" and evidence.outcome(r) in ("refuted", "not testable here"):
-            why = f" {text(r['note'])}" if r["note"] else ""
-            lines.append(f"  - *{evidence.outcome(r)}*: {text(r['claim']).rstrip('.')}.{why}")
+            told = [text(words).rstrip(".") for words in (r["claim"], r["note"]) if words]
+            lines.append(f"  - *{evidence.outcome(r)}*: " + " ".join(f"{t[0].upper()}{t[1:]}." for t in told))
     return "\n".join(lines)
 
 

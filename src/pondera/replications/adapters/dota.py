@@ -258,7 +258,7 @@ def four_bits_do_about_as_well(lab: Lab, stored: Stored) -> Finding:
 
 @cache
 def _stored(how: Callable[[nn.Module, Stored], None], stored: Stored) -> Callable[[nn.Module], None]:
-    return partial(how, stored=stored)
+    return partial(how, stored=stored)  # type: ignore[call-arg]
 
 
 # -- a near task ------------------------------------------------------------------------------------------------------

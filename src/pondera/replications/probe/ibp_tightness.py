@@ -99,7 +99,7 @@ def falls_with_width(lab: Lab, measure: Measure) -> Finding:
 )
 def falls_with_depth(lab: Lab, measure: Measure) -> Finding:
     depths = range(1, 7)
-    parts, figures = {}, {}
+    parts, figures = {}, {}  # type: ignore[var-annotated]
     curves: dict[str, Sequence[float]] = {}
     for name, relu, d, slope_within, within in (("linear", False, 64, 0.05, 0.1), ("relu", True, 32, 0.1, 0.2)):
         found = [ratios(lab, measure, [64] * depth, relu=relu) for depth in depths]
@@ -383,7 +383,7 @@ SETTING = (
     sham=Sham("training at random corners of the box in the place of its bounds", CORNER),
 )
 def rises_with_ibp_training(lab: Lab, kind: Kind) -> Finding:
-    parts, factor, by_arm, gaps = {}, {}, {}, {}
+    parts, factor, by_arm, gaps = {}, {}, {}, {}  # type: ignore[var-annotated]
     for w in WIDTHS:
         ibp, plain = (arm(k, w, tuple(lab.seeds)) for k in (kind, NATURAL))
         factor[w], factor[f"natural {w}"] = rises(ibp), rises(plain)

@@ -76,7 +76,7 @@ def grows_with_dimension(lab: Lab, measure: Measure) -> Finding:
     for a, b in pairwise(DIMENSIONS):
         name = f"{b} above {a}"
         parts[name], steps[name], _ = lab.until_decided(lambda s, a=a, b=b: fewest(b, s) - fewest(a, s), above=0)
-    off = {}
+    off = {}  # type: ignore[var-annotated]
     for d in DIMENSIONS:
         off[d] = []
         for seed in lab.seeds:
