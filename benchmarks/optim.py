@@ -3,6 +3,7 @@
 Run `python benchmarks/optim.py`. Steps are interleaved in one process on one thread; times are medians.
 """
 
+import importlib.util
 import json
 import math
 import time
@@ -16,6 +17,8 @@ from torch.optim import Optimizer
 from pondera.optim.auon import AuON, HybridAuON
 from pondera.optim.decoupled_decay import SGDW
 from pondera.optim.normuon import NorMuon
+from pondera.optim.novograd import NovoGrad
+from pondera.optim.trust_region_muon import TrustRegion
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
 SIZES = (128, 256, 512)
@@ -25,6 +28,16 @@ REPEATS = 9
 
 def as_muon(params: list[nn.Parameter]) -> Optimizer:
     return torch.optim.Muon(params, lr=0.02, weight_decay=0.0)
+
+
+def as_trust_region(params: list[nn.Parameter]) -> Optimizer:
+    return TrustRegion(params, momentum=0.95, nesterov=True, scale="original", start="zero", ns_dtype=torch.bfloat16)
+
+
+def kept_adamp(params: list[nn.Parameter]) -> Optimizer:
+    from pytorch_optimizer import AdamP
+
+    return AdamP(params)
 
 
 PAIRS: dict[str, tuple[Make, str, Make, str]] = {
@@ -38,7 +51,18 @@ PAIRS: dict[str, tuple[Make, str, Make, str]] = {
     "HybridAuON": (HybridAuON, "torch.optim.Muon", as_muon, "ours iterates in float32, torch's in bfloat16"),
     "AuON": (AuON, "torch.optim.AdamW", torch.optim.AdamW, "one state tensor beside two"),
     "SGDW": (SGDW, "torch.optim.SGD", lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), "foreach on both sides"),
+    "TrustRegion(spectral)": (
+        as_trust_region,
+        "torch.optim.Muon",
+        as_muon,
+        "the same steps, in bfloat16 on both sides",
+    ),
+    "NovoGrad": (NovoGrad, "torch.optim.AdamW", torch.optim.AdamW, "one state tensor beside two"),
 }
+if importlib.util.find_spec("pytorch_optimizer"):
+    note = "pytorch_optimizer's: a cosine of every row, and a projection where it is small"
+    PAIRS["AdamP"] = (kept_adamp, "torch.optim.Adam", torch.optim.Adam, note)
+LINEAR: tuple[Make, ...] = (AuON, SGDW, NovoGrad, kept_adamp)
 
 
 def run(quick: bool = False) -> list[dict[str, Any]]:
@@ -57,7 +81,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
 
 
 def sizes_of(make: Make, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    return sizes if make not in (AuON, SGDW) else LINEAR_SIZES
+    return sizes if make not in LINEAR else LINEAR_SIZES
 
 
 def matrix(n: int) -> list[nn.Parameter]:

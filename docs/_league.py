@@ -1,6 +1,7 @@
 """The leagues: ``python docs/_league.py [TASK ...]`` runs `pondera compare` and keeps its table in ``docs/league/``.
 
-Starts are compared on the tasks that train from nothing, adapters on those that start from a trained net.
+Starts are compared on the tasks that train from nothing, adapters on those that start from a trained net, and optimizers and
+penalties on tasks of both kinds: ``optim:digits``, ``penalty:noisy``.
 
 A file a task: the command as one would type it, what it printed as JSON, steps and versions. Finished runs lie in
 ``league.db``: the same command goes on from there. `_generate.py` makes the page's tables from the files.
@@ -48,8 +49,25 @@ FEWER = {  # where a run takes long: one adapter of each kind
 }  # fmt: skip
 
 
+OPTIMIZERS = (
+    "SGD(momentum=0.9)", "SGDW", "AdamW(weight_decay=0.0)", "AdamP", "SGDP(momentum=0.9)", "FAdam", "NovoGrad",
+    "Adafactor(eps=(1e-15,1e-3))", "Muon(weight_decay=0.0)", "NorMuon", "AuON", "TrustRegion", "SteepestDescent", "Shampoo",
+    "Shampoo4bit", "KLShampoo", "DCTAdamW", "StructuredNGD", "PolyakMomentum", "SMB",
+)  # fmt: skip
+WIDE = "0.0001,0.0003,0.001,0.003,0.01,0.03,0.1,0.3,1.0"
+OPTIMIZED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # task -> options, optimizers
+    "digits": (("--rates", WIDE), OPTIMIZERS),
+}
+PENALTIES = ()
+PENALISED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+
+
 def command(task: str) -> list[str]:
-    """`pondera compare` on one task with every start or adapter that fits it."""
+    """`pondera compare` on one task with every start, adapter, optimizer or penalty that fits it."""
+    room, colon, rest = task.partition(":")
+    if colon:
+        options, names = {"optim": OPTIMIZED, "penalty": PENALISED}[room][rest]
+        return ["pondera", "compare", rest, *(w for n in names for w in (f"--{room}", n)), *options, "--json"]
     if task in ADAPTED:
         chosen = [word for name in FEWER.get(task, ADAPTERS) for word in ("--adapter", name)]
         return ["pondera", "compare", task, *chosen, *ADAPTED[task], "--json"]

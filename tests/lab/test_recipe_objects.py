@@ -158,3 +158,77 @@ def test_a_recipe_knows_the_module_it_names_and_the_helpers_behind_it(tmp_path, 
 def test_methods_of_torch_go_by_version_and_what_applies_them():
     assert f"torch=={torch.__version__}" in _source_hash("optim", "SGD")
     assert _source_hash("optim", "SGD") != f"torch=={torch.__version__}"  # the split into groups is pondera's
+
+
+# -- optimizers of a package that need not be there ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def doors():
+    """Looked up anew, and forgotten after."""
+    from pondera.lab import recipe
+
+    recipe._resolve.cache_clear()
+    yield recipe
+    recipe._resolve.cache_clear()
+
+
+def test_optimizers_of_a_kept_library_go_by_name_after_ours_and_torchs(doors):
+    kept = pytest.importorskip("pytorch_optimizer")
+    import pondera.optim
+
+    assert parse_choice("optim", "AdamP").resolve() is kept.AdamP
+    assert parse_choice("optim", "Muon").resolve() is torch.optim.Muon
+    assert parse_choice("optim", "NovoGrad").resolve() is pondera.optim.NovoGrad
+    (made,) = Recipe(optim="SGDP(momentum=0.9)").optimizers(torch.nn.Linear(3, 2), 0.1, "SGD")
+    assert made.param_groups[0]["lr"] == 0.1
+    assert made.param_groups[0]["momentum"] == 0.9
+    assert "==" in _source_hash("optim", "AdamP")  # by its version
+
+
+@pytest.mark.parametrize("name", ["SAM", "Lookahead", "AdaLOMO"])
+def test_those_that_take_another_optimizer_or_the_model_are_none(name, doors):
+    pytest.importorskip("pytorch_optimizer")
+    with pytest.raises(BadInput, match=f"^no optim method is called '{name}'"):
+        Recipe(optim=name)
+
+
+def test_a_missing_library_is_told_of_only_where_a_name_is_not_found(doors, monkeypatch):
+    real = importlib.import_module
+
+    def lacking(name, *more):
+        if name == "pytorch_optimizer":
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+        return real(name, *more)
+
+    monkeypatch.setattr(doors.importlib, "import_module", lacking)
+    Recipe(optim="AdamW")
+    Recipe(optim="NorMuon")
+    assert "AdamW" in doors.names("optim")
+    with pytest.raises(
+        BadInput,
+        match=r"^no optim method is called 'AdamP'; did you mean .*; pytorch_optimizer has more, with "
+        r"pip install 'pondera\[optim\]'$",
+    ) as error:
+        Recipe(optim="AdamP")
+    assert "\n" not in str(error.value)
+
+
+def test_names_of_ours_and_torchs_do_not_import_it():
+    import subprocess
+
+    code = "import sys; from pondera.lab import Recipe; Recipe(optim='AdamW'); Recipe(optim='TrustRegion'); import pondera.optim\n"
+    code += "print('pytorch_optimizer' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "False"
+    )
+
+
+def test_a_parametrization_holds_a_packed_projection_once():
+    net = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    Recipe(parametrize="Conditioned").start(net, None, torch.Generator())
+    held = net.self_attn.parametrizations.in_proj_weight
+    assert len(held) == 1
+    assert torch.allclose(net.self_attn.in_proj_weight.norm(dim=1), torch.ones(24))
+    assert net(torch.randn(2, 3, 8)).shape == (2, 3, 8)

@@ -1,6 +1,7 @@
-"""What every optimizer of the room must hold, for those of this room's first methods."""
+"""What the matrix optimizers share, for every one that is exported, and for SGDW."""
 
 import copy
+import inspect
 import io
 
 import pytest
@@ -8,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import pondera.optim
 from pondera.errors import BadInput
-from pondera.optim._groups import groups
-from pondera.optim.auon import AuON, HybridAuON
-from pondera.optim.decoupled_decay import SGDW
-from pondera.optim.normuon import NorMuon
+from pondera.optim import SGDW, NorMuon, groups
+from pondera.optim._base import MatrixOptimizer
 
-MATRIX = [NorMuon, AuON, HybridAuON]
+PUBLIC = [getattr(pondera.optim, name) for name in pondera.optim.__all__]
+MATRIX = [m for m in PUBLIC if inspect.isclass(m) and issubclass(m, MatrixOptimizer)]
 ALL = [*MATRIX, SGDW]
 X, Y = torch.randn(16, 3, 6, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 4
 
@@ -87,6 +88,41 @@ def test_the_rest_moves_by_adamw_at_the_linked_rate(method):
     assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("method", MATRIX)
+@pytest.mark.parametrize("rest", ["SGD", torch.optim.RAdam])
+def test_the_rest_moves_by_another_that_is_named(method, rest):
+    net, plain = small_net(torch.float64), small_net(torch.float64)
+    optimizer = method(groups(net), lr=0.02, vector_lr_ratio=0.5, vector_weight_decay=0.1, rest=rest)
+    twin = getattr(torch.optim, rest) if isinstance(rest, str) else rest
+    split = groups(plain)
+    others = twin(split[-1]["params"], lr=0.01, weight_decay=0.1)
+    matrices = method(split[:-1], lr=0.02)
+    for step in range(4):
+        train(net, optimizer, 1, X.double())
+        for o in (others, matrices):
+            o.zero_grad()
+        F.cross_entropy(plain(X.double()).float(), Y).backward()
+        others.step(), matrices.step()
+        if step == 1:  # one state_dict holds both, and a copy goes on as the first would
+            file = io.BytesIO()
+            torch.save(optimizer.state_dict(), file)
+            file.seek(0)
+            optimizer = method(groups(net), lr=1.0, rest=rest)
+            optimizer.load_state_dict(torch.load(file, weights_only=True))
+            net, optimizer = copy.deepcopy((net, optimizer))
+    assert torch.equal(weights(net), weights(plain))
+
+
+def test_an_unknown_rest_is_refused():
+    w = [nn.Parameter(torch.zeros(2, 2))]
+    with pytest.raises(
+        BadInput, match=r"NorMuon needs the name of an optimizer of torch.optim for rest, got 'Adan'.*Adam"
+    ):
+        NorMuon(w, rest="Adan")
+    with pytest.raises(BadInput, match="NorMuon needs an optimizer class, or its name in torch.optim, for rest, got 3"):
+        NorMuon(w, rest=3)
+
+
 @pytest.mark.parametrize("method", ALL)
 def test_closure_schedule_and_frozen_parameters(method):
     net = small_net()
@@ -149,13 +185,13 @@ def test_compiled_step_is_the_same_step(method):
 
 @pytest.mark.parametrize("method", ALL)
 def test_rate_as_a_tensor_and_deepcopy(method):
-    net, plain = small_net(), small_net()
-    optimizer = method(groups(net), lr=torch.tensor(0.02))
-    train(net, optimizer, 2)
+    net, plain = small_net(torch.float64), small_net(torch.float64)
+    optimizer = method(groups(net), lr=torch.tensor(0.02, dtype=torch.float64))
+    train(net, optimizer, 2, X.double())
     net, optimizer = copy.deepcopy((net, optimizer))
-    train(net, optimizer, 1)
-    train(plain, method(groups(plain), lr=0.02), 3)
-    assert torch.allclose(weights(net), weights(plain), atol=1e-5)
+    train(net, optimizer, 1, X.double())
+    train(plain, method(groups(plain), lr=0.02), 3, X.double())
+    assert torch.allclose(weights(net), weights(plain), atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -177,7 +213,6 @@ def test_sparse_and_complex_are_refused(method):
         ({"lr": -1.0}, "needs lr"),
         ({"lr": float("nan")}, "needs lr .* got nan"),
         ({"lr": "fast"}, "needs a number for lr, got 'fast'"),
-        ({"momentum": 1.0}, "needs momentum of at least 0 and below 1, got 1"),
         ({"weight_decay": -0.1}, "needs weight_decay of at least 0"),
     ],
 )
@@ -202,3 +237,12 @@ def test_bad_settings_are_one_sentence_in_defaults_and_groups(method, bad, words
 def test_bad_settings_of_the_rest(method, bad, words):
     with pytest.raises(BadInput, match=f"{method.__name__} {words}"):
         method([nn.Parameter(torch.zeros(2, 2))], **bad)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4)])
+def test_the_iteration_is_linalgs(shape):
+    from pondera.linalg import newton_schulz
+    from pondera.optim._iteration import iterate
+
+    U = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.allclose(iterate(U, 5, None), newton_schulz(U, dtype=None), atol=1e-12)

@@ -1,8 +1,10 @@
-"""FSDP2 on two processes gives the weights of one process."""
+"""Two processes give the weights of one: FSDP2, and plain copies as DistributedDataParallel has them, each alone and spread."""
 
+import inspect
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,38 +12,66 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+WAYS = ("sharded", "sharded and spread", "spread")
 
-def trained(shard: bool) -> dict[str, torch.Tensor]:
-    """Every parameter after three steps of every method; rows that do not divide by two, a convolution, a vector."""
-    from pondera.optim._groups import groups
-    from pondera.optim.auon import AuON, HybridAuON
-    from pondera.optim.decoupled_decay import SGDW
-    from pondera.optim.normuon import NorMuon
 
+@contextmanager
+def counted(optimizer, found):
+    """Count the directions this rank finds."""
+    plain = getattr(optimizer, "_direction", None)
+
+    def direction(*args):
+        found.add_(1)
+        return plain(*args)
+
+    optimizer._direction = direction
+    yield
+    del optimizer._direction
+
+
+def trained(way: str = "") -> dict[str, torch.Tensor]:
+    """Every parameter after four steps of every method; rows that do not divide by two, a convolution, a vector."""
+    import pondera.optim
+    from pondera.optim import SGDW, gather_state, groups, spread
+    from pondera.optim._base import MatrixOptimizer
+
+    public = [getattr(pondera.optim, name) for name in pondera.optim.__all__]
+    matrix = [m for m in public if inspect.isclass(m) and issubclass(m, MatrixOptimizer)]
     out = {}
-    for method in (NorMuon, AuON, HybridAuON, SGDW):
+    for method in [*matrix, SGDW]:
+        share = "spread" in way and method in matrix
         torch.manual_seed(0)
         net = nn.Sequential(
             nn.Conv1d(2, 5, 3), nn.GELU(), nn.ConvTranspose1d(5, 3, 3), nn.Flatten(), nn.Linear(18, 7), nn.Linear(7, 3)
-        )
-        x, y = torch.randn(8, 2, 6), torch.arange(8) % 3
-        if shard:
+        ).double()
+        x, y = torch.randn(8, 2, 6).double(), torch.arange(8) % 3
+        if "sharded" in way:
             from torch.distributed.fsdp import fully_shard
 
             fully_shard(net, mesh=dist.init_device_mesh("cpu", (2,)))
         optimizer = method(groups(net), lr=0.05, weight_decay=0.1)
-        for step in range(3):
+        found = torch.zeros(())
+        for step in range(4):
+            if share and step in (0, 2):
+                spread(optimizer)
             optimizer.zero_grad()
             nn.functional.cross_entropy(net(x), y).backward()
-            optimizer.step()
+            with counted(optimizer, found):
+                optimizer.step()
             if step == 1:  # resume between steps from its own state
+                if share:
+                    gather_state(optimizer)
                 state = optimizer.state_dict()
                 optimizer = method(groups(net), lr=1.0)
                 optimizer.load_state_dict(state)
+        if share and not method.elementwise:
+            dist.all_reduce(found)
+            assert found == 4 * 3, f"{method.__name__}: each of three matrices once a step, not {found} in four"
         for name, p in net.named_parameters():
-            held = optimizer.state[p]["exp_avg" if "exp_avg" in optimizer.state[p] else "momentum_buffer"]
-            assert type(held) is (type(p.data)), f"{name}: state is not sharded like its parameter"
-            out[f"{method.__name__} {name}"] = p.full_tensor().detach() if shard else p.detach()
+            for held in ("exp_avg", "momentum_buffer"):
+                if held in optimizer.state[p] and optimizer.state[p][held].shape == p.shape:
+                    assert type(optimizer.state[p][held]) is type(p.data), f"{name}: not sharded like its parameter"
+            out[f"{method.__name__} {name}"] = p.full_tensor().detach() if "sharded" in way else p.detach()
     return out
 
 
@@ -56,24 +86,40 @@ def test_two_processes_equal_one(tmp_path):
     ]
     for rank in ranks:
         try:
-            _, said = rank.communicate(timeout=180)
+            _, said = rank.communicate(timeout=240)
         except subprocess.TimeoutExpired:
             for other in ranks:
                 other.kill()
             raise
         assert rank.returncode == 0, said[-3000:]
-    together, alone = torch.load(tmp_path / "weights.pt"), trained(shard=False)
-    assert set(together) == set(alone)
-    for name, w in alone.items():
-        assert torch.allclose(together[name], w, atol=1e-6), name
+    alone = trained()
+    for way in WAYS:
+        together = torch.load(tmp_path / f"{way}.pt")
+        assert set(together) == set(alone)
+        for name, w in alone.items():
+            assert torch.allclose(together[name], w, atol=1e-9), f"{name}, {way}"
+
+
+def test_spread_and_gather_refuse_in_one_sentence():
+    from pondera.errors import BadInput
+    from pondera.optim import NorMuon, gather_state, spread
+
+    w = [nn.Parameter(torch.zeros(2, 2))]
+    with pytest.raises(BadInput, match=r"spread needs a matrix optimizer of pondera.optim, got SGD"):
+        spread(torch.optim.SGD(w))
+    with pytest.raises(BadInput, match="spread needs a process group"):
+        spread(NorMuon(w))
+    with pytest.raises(BadInput, match="gather_state needs an optimizer that `spread` has set up"):
+        gather_state(NorMuon(w))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=int(os.environ["RANK"]), world_size=2)
-    result = trained(shard=True)
-    if dist.get_rank() == 0:
-        torch.save(result, folder / "weights.pt")
+    for kind in WAYS:
+        result = trained(kind)
+        if dist.get_rank() == 0:
+            torch.save(result, folder / f"{kind}.pt")
     dist.barrier()
     dist.destroy_process_group()

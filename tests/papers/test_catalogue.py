@@ -42,7 +42,8 @@ def test_every_object_named_resolves(p):
 def test_every_public_object_is_named_by_a_row(room):
     named = {path for p in catalogue() for path in p.objects}
     # serve every matrix optimizer, every merge
-    shared = {"pondera.optim.groups", "pondera.merge.MergedState", "pondera.merge.merge_recipe"}
+    shared = {"pondera.optim.groups", "pondera.optim.spread", "pondera.optim.gather_state"}
+    shared |= {"pondera.merge.MergedState", "pondera.merge.merge_recipe"}
     module = importlib.import_module(f"pondera.{room}")
     results = {
         n

@@ -1,15 +1,17 @@
 """How a model is trained: by the lab's own loop, or by the loop a task brings, its function ``train(run)``."""
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pondera.errors import BadInput
+from pondera.errors import BadInput, NotFinite
 from pondera.lab.data import Batch, batches, count, moved
 from pondera.lab.recipe import Recipe
 from pondera.lab.task import Task
@@ -73,6 +75,7 @@ def by_the_lab(
     scaler = torch.amp.GradScaler(torch.device(device).type) if s.precision == "fp16" else None
     curve_of = parts.get("test", parts.get("valid"))
     shown = model if average is None else average.module
+    by_closure = any(asks(o) == "closure" for o in optimizers)
     plain = s.precision == "no" and scaler is None and s.accumulate == 1 and s.clip is None
 
     def scored(part: Any) -> float:
@@ -82,6 +85,11 @@ def by_the_lab(
         shown.train()
         return value
 
+    if by_closure and not plain:
+        raise BadInput(
+            f"optim={type(optimizers[0]).__name__} evaluates the loss again within a step, which a task with half precision, "
+            "clipped gradients or batches in parts does not allow; choose another"
+        )
     curve: list[list[float]] = [[0, 0.0, scored(curve_of), math.nan]] if "test" in parts else []
     feed = batches(fit, s.batch, seed)
     seconds, losses = 0.0, []
@@ -95,20 +103,25 @@ def by_the_lab(
         batch = moved(next(feed), device)
         for o in optimizers:
             o.zero_grad()
-        if plain:
-            loss = task.loss(trained, batch)
-            value = loss.item()
-            if has_penalty:
-                loss = loss + recipe.penalty_of(model)
-            if not math.isfinite(value):
-                raise Diverged(f"training loss became {value} at step {step}", curve)
-            loss.backward()
-            for o in optimizers:
-                o.step()
-        else:
-            value = _careful_step(task, recipe, model, trained, batch, optimizers, scaler, device)
-            if not math.isfinite(value):
-                raise Diverged(f"training loss became {value} at step {step}", curve)
+        try:
+            if by_closure:
+                value = _step_by_closure(task, recipe, model, trained, batch, optimizers[0])
+            elif plain:
+                loss = task.loss(trained, batch)
+                value = loss.item()
+                if has_penalty:
+                    loss = loss + recipe.penalty_of(model)
+                if not math.isfinite(value):
+                    raise Diverged(f"training loss became {value} at step {step}", curve)
+                loss.backward()
+                for o in optimizers:
+                    step_with(o, loss)
+            else:
+                value = _careful_step(task, recipe, model, trained, batch, optimizers, scaler, device)
+        except NotFinite as error:
+            raise Diverged(f"{error} (step {step})", curve) from None
+        if not math.isfinite(value):
+            raise Diverged(f"training loss became {value} at step {step}", curve)
         if average is not None:
             average.update_parameters(model)
         losses.append(value)
@@ -128,6 +141,49 @@ def by_the_lab(
         "step_seconds": seconds / stop,
         "model": shown,
     }
+
+
+def asks(optimizer: torch.optim.Optimizer) -> str | None:
+    """What a step must be given: the "loss" where it takes one, a "closure" where it does not do without (by its signature,
+    or as its class says by `step_needs`)."""
+    return _asks(type(optimizer))
+
+
+@cache
+def _asks(kind: type[torch.optim.Optimizer]) -> str | None:
+    takes = inspect.signature(kind.step).parameters
+    closure = takes.get("closure")
+    if getattr(kind, "step_needs", "") == "closure" or (closure is not None and closure.default is closure.empty):
+        return "closure"
+    return "loss" if "loss" in takes else None
+
+
+def step_with(optimizer: torch.optim.Optimizer, loss: Tensor | float) -> None:
+    """The optimizer's step after backward, with the loss for those that ask for it."""
+    if asks(optimizer) == "loss":
+        step: Any = optimizer.step
+        step(loss=loss if isinstance(loss, float) else loss.detach())
+    else:
+        optimizer.step()
+
+
+def _step_by_closure(
+    task: Task, recipe: Recipe, model: nn.Module, trained: Any, batch: Batch, optimizer: torch.optim.Optimizer
+) -> float:
+    """One step of an optimizer that evaluates the loss itself, on one batch; the loss without the penalty, where it began."""
+    first: list[float] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = task.loss(trained, batch)
+        first.append(loss.item())
+        if recipe.penalty is not None:
+            loss = loss + recipe.penalty_of(model)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return first[0]
 
 
 def _careful_step(
@@ -153,7 +209,10 @@ def _careful_step(
             scaler.unscale_(o)
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], s.clip)
     for o in optimizers:
-        o.step() if scaler is None else scaler.step(o)
+        if scaler is None:
+            step_with(o, total)
+        else:
+            scaler.step(o, **({"loss": total} if asks(o) == "loss" else {}))
     if scaler is not None:
         scaler.update()
     return total

@@ -27,8 +27,9 @@ _DOORS: dict[str, tuple[str, ...]] = {  # where a room's names are looked up, in
     "parametrize": ("pondera.parametrize", "torch.nn.utils.parametrizations"),
     "adapter": ("pondera.adapters", "peft"),
     "penalty": ("pondera.penalties",),
-    "optim": ("pondera.optim", "torch.optim"),
+    "optim": ("pondera.optim", "torch.optim", "pytorch_optimizer"),
 }
+_OPTIONAL = {"pytorch_optimizer": "optim"}  # doors that need not be there, and the extra that brings them
 _ENDING = {"adapter": "Config"}  # what a public name ends in besides the name a recipe gives; an underscore otherwise
 _EXTRA = {"adapter": "adapters"}  # the extra a room needs
 _SHARED = {  # what a recipe applies a room's methods with, whoever wrote them
@@ -104,7 +105,8 @@ class Recipe:
         adapter: a configuration of `pondera.adapters` or PEFT without the final Config: ``"Svft"``, ``"Lora(r=8)"``; put on
             the layers the task's dict ``adapt`` names, all linear ones otherwise. What was built is frozen.
         penalty: of `pondera.penalties`, added to the loss times ``factor=`` (0.01): ``"norm_loss(factor=0.1)"``.
-        optim: of `pondera.optim` or `torch.optim`; its learning rate is tuned, so it is not an argument.
+        optim: of `pondera.optim`, `torch.optim` or, with the extra "optim", `pytorch_optimizer`; its learning rate is tuned,
+            so it is not an argument.
         salt: shifts the draw of the weights while the data order stays; for A/A tests of the comparison itself.
         label: the name in tables; by default the choices themselves.
         layer, compress: rooms of their own, without a method yet.
@@ -219,6 +221,8 @@ class Recipe:
             method = held.resolve()
             if isinstance(method, type):
                 for one in require_owned(model, held.name):
+                    if one.rows is not None and one.rows.start:
+                        continue  # a part of a packed projection, which is held as one weight
                     held_by: Any = method  # a class of modules
                     torch_parametrize.register_parametrization(one.module, one.attribute, held_by(**held.kwargs))
             elif "batch" in inspect.signature(method).parameters:
@@ -336,9 +340,12 @@ def _at(recipe: Recipe, values: tuple[tuple[Axis, Any], ...]) -> Recipe:
 
 
 def _open(room: str, door: str) -> Any:
+    """The module a room's names are looked up in; None for one that need not be installed, and is not."""
     try:
         return importlib.import_module(door)
     except ImportError as error:
+        if door in _OPTIONAL and missing_extra(error, door) is not None:
+            return None
         found = missing_extra(error, f"the recipe's {room}", _EXTRA.get(room))
         if found is None:
             raise
@@ -350,6 +357,8 @@ def names(room: str) -> list[str]:
     found: dict[str, None] = {}
     for door in _DOORS[room]:
         module = _open(room, door)
+        if module is None:
+            continue
         for public in getattr(module, "__all__", dir(module)):
             if _fits(room, public, getattr(module, public, None)):
                 found[public.removesuffix(_ENDING.get(room, "_"))] = None
@@ -372,9 +381,7 @@ def _fits(room: str, public: str, value: Any) -> bool:
             and not (value in kinds or issubclass(value, kinds[1]))
         )
     if room == "optim":
-        return (
-            isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
-        )
+        return _is_class(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer and _takes_params(value)
     return room != "parametrize" or isinstance(value, type) or inspect.isfunction(value)
 
 
@@ -413,6 +420,13 @@ def _of_python(module: str) -> bool:
     return module.partition(".")[0] in sys.stdlib_module_names
 
 
+def _takes_params(method: type) -> bool:
+    """Whether an optimizer is made of parameters and a rate: none that wraps another, or needs the model."""
+    first, *others = inspect.signature(method).parameters.values()
+    free = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return first.name == "params" and all(p.default is not p.empty or p.name == "lr" or p.kind in free for p in others)
+
+
 def _is_class(value: Any, kind: type) -> bool:
     return isinstance(value, type) and issubclass(value, kind)
 
@@ -435,13 +449,17 @@ def _is_function(value: Any) -> bool:
 def _resolve(room: str, name: str) -> Callable[..., Any]:
     if ":" in name:
         return _named(room, name)
+    lacking = ""
     for door in _DOORS[room]:
         module = _open(room, door)
+        if module is None:
+            lacking = f"; {door} has more, with pip install 'pondera[{_OPTIONAL[door]}]'"
+            continue
         public = getattr(module, "__all__", dir(module))
         for candidate in (name + _ENDING.get(room, "_"), name):
             if candidate in public and _fits(room, candidate, getattr(module, candidate)):
                 return getattr(module, candidate)
-    raise BadInput(f"no {room} method is called {name!r}{_meant(room, name, names(room))}")
+    raise BadInput(f"no {room} method is called {name!r}{_meant(room, name, names(room))}{lacking}")
 
 
 def _meant(room: str, name: str, known: list[str]) -> str:

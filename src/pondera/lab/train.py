@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pondera.errors import BadInput
+from pondera.errors import BadInput, NotFinite
 from pondera.lab.data import batches, count, head, moved, once, placed, some
 from pondera.lab.loop import WARM_UP, Diverged, by_the_lab, by_the_user, cast, schedule
 from pondera.lab.recipe import Recipe
@@ -232,6 +232,8 @@ def _train(spec: RunSpec) -> dict[str, Any]:
             done = by_the_lab(task, spec.recipe, model, fit, parts, seed=data_seed, stop=spec.stop, **common)
     except Diverged as error:
         return out | {"status": "diverged", "reason": str(error), "curve": error.curve}
+    except NotFinite as error:  # from an optimizer within a loop of the user's
+        return out | {"status": "diverged", "reason": str(error), "curve": []}
     out |= {"train_loss": done["train_loss"], "step_seconds": done["step_seconds"], "score": done["scores"].get("test")}
     if "valid" in parts:
         out |= {"valid": done["scores"]["valid"], "valid_loss": _loss_on(task, done["model"], parts["valid"], spec)}

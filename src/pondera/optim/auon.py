@@ -1,15 +1,17 @@
 """AuON: Nesterov momentum divided by one number, the root mean square of hyperbolic cosines of the update."""
 
-from typing import Any
+import math
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from pondera.errors import BadInput
-from pondera.linalg import newton_schulz
-from pondera.optim._base import Group, MatrixOptimizer, in_range, on_matrix, whole_number
+from pondera.optim._base import Group, MatrixOptimizer, Rest, Scaled, State, in_range, is_sharded
+from pondera.optim._iteration import check_iteration, orthogonalised
 
 SCALINGS = ("reference", "paper")
+SERIES = (1, 1 / 3, 2 / 45, 1 / 315)  # of sinh^2 in s^2
 
 
 class AuON(MatrixOptimizer):
@@ -38,6 +40,7 @@ class AuON(MatrixOptimizer):
         scaling: "reference" (the code, above) or "paper" (U / ||U||_F in place of U in the last line).
         vector_lr_ratio: AdamW's rate over lr (0.1: 0.008 beside 0.08 in the code's training script).
         betas, vector_eps, vector_weight_decay: AdamW's own ((0.8, 0.95), 1e-10, 0: the code's training script).
+        rest: another optimizer than AdamW for the rest: the name of a class of torch.optim, or the class.
     Raises: BadInput: for a setting out of range; in `step` for a sparse gradient or a complex parameter.
     Paper: Maity 2025, arXiv 2509.24320. Code: github.com/ryyzn9/AuON, which moves biases and norms by a separate Adam,
         and overwrites gradients; ours are left as they are.
@@ -50,6 +53,8 @@ class AuON(MatrixOptimizer):
     tensor([[-1.,  0.],
             [ 0., -1.]])
     """
+
+    elementwise = True
 
     def __init__(
         self,
@@ -64,10 +69,11 @@ class AuON(MatrixOptimizer):
         betas: tuple[float, float] = (0.8, 0.95),
         vector_eps: float = 1e-10,
         vector_weight_decay: float = 0.0,
+        rest: Rest = None,
     ) -> None:
         own: Group = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "gamma": gamma, "scaling": scaling}
         adamw = {"vector_lr_ratio": vector_lr_ratio, "betas": betas, "vector_eps": vector_eps}
-        super().__init__(params, own | adamw | {"vector_weight_decay": vector_weight_decay})
+        super().__init__(params, own | adamw | {"vector_weight_decay": vector_weight_decay}, rest)
 
     def _check(self, group: Group) -> None:
         super()._check(group)
@@ -75,9 +81,12 @@ class AuON(MatrixOptimizer):
         if group["scaling"] not in SCALINGS:
             raise BadInput(f"AuON knows the scalings {' and '.join(SCALINGS)}, got {group['scaling']!r}")
 
-    def _direction(self, update: Tensor, state: dict[str, Any], group: Group) -> Tensor:
-        U = update if group["scaling"] == "reference" else update / (update.norm() + 1e-7)
-        return U / (brake(update, group["gamma"]) + 1e-8)  # a sharded U is not gathered: two sums cross the ranks
+    def _direction(self, update: Tensor, gradient: Tensor | None, state: State, group: Group) -> Tensor | Scaled:
+        U, gamma = update, group["gamma"]
+        size = U.norm()
+        by = 1 / (brake(U, gamma, size) + 1e-8)
+        by = by if group["scaling"] == "reference" else by / (size + 1e-7)
+        return U * by if is_sharded(U) else (U, by)  # a sharded U is not gathered: two sums cross the ranks
 
 
 class HybridAuON(MatrixOptimizer):
@@ -88,11 +97,13 @@ class HybridAuON(MatrixOptimizer):
     with U and R as in `AuON`. R is again 1 within 2.3 / N (derived): this is Muon without its factor sqrt(max(1, m/n)).
 
     Args:
-        params, momentum, weight_decay, gamma, vector_lr_ratio, betas, vector_eps, vector_weight_decay: as in `AuON`.
+        params, momentum, weight_decay, gamma, vector_lr_ratio, betas, vector_eps, vector_weight_decay, rest: as in
+            `AuON`.
         lr: eta (0.24: code). O is far larger than U, so good rates are nearer Muon's 0.02 (derived).
         ns_steps: iterations of Newton-Schulz (5: code; the paper's Sec. 3.2 takes one).
+        ns_dtype: precision of the iteration, as in `NorMuon` (code: the parameter's own).
     Raises: BadInput: as `AuON`, and for `ns_steps` below 1.
-    Paper: Maity 2025, arXiv 2509.24320. The iteration runs in the parameter's precision, as in the code. For
+    Paper: Maity 2025, arXiv 2509.24320. For
         convolutions the code orthogonalises each kernel (the last two axes), ours the weight flattened to (out, rest),
         as Muon does.
 
@@ -113,29 +124,57 @@ class HybridAuON(MatrixOptimizer):
         weight_decay: float = 0.0,
         gamma: float = 1.5,
         ns_steps: int = 5,
+        ns_dtype: torch.dtype | None = None,
         vector_lr_ratio: float = 0.1,
         betas: tuple[float, float] = (0.8, 0.95),
         vector_eps: float = 1e-10,
         vector_weight_decay: float = 0.0,
+        rest: Rest = None,
     ) -> None:
         own: Group = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "gamma": gamma}
         adamw = {"vector_lr_ratio": vector_lr_ratio, "betas": betas, "vector_eps": vector_eps}
-        super().__init__(params, own | adamw | {"ns_steps": ns_steps, "vector_weight_decay": vector_weight_decay})
+        adamw |= {"vector_weight_decay": vector_weight_decay}
+        super().__init__(params, own | adamw | {"ns_steps": ns_steps, "ns_dtype": ns_dtype}, rest)
 
     def _check(self, group: Group) -> None:
         super()._check(group)
         in_range("HybridAuON", "gamma", group["gamma"], 0)
-        whole_number("HybridAuON", "ns_steps", group["ns_steps"])
+        check_iteration("HybridAuON", group)
 
-    def _direction(self, update: Tensor, state: dict[str, Any], group: Group) -> Tensor:
-        def braked(U: Tensor) -> Tensor:
-            O = newton_schulz(U, steps=group["ns_steps"], dtype=None)
-            return O / (brake(O, group["gamma"]) + 1e-8)
-
-        return on_matrix(braked, update, group["transposed"])
+    def _direction(self, update: Tensor, gradient: Tensor | None, state: State, group: Group) -> Scaled:
+        O = orthogonalised(update, group)
+        return O, 1 / (brake(O, group["gamma"], O.norm()) + 1e-8)
 
 
-def brake(U: Tensor, gamma: float) -> Tensor:
-    """R: the root mean square of cosh(gamma U / ||U||), a scalar of at least 1."""
-    s = U * (gamma / (U.norm() + 1e-7))
+def brake(U: Tensor, gamma: float, size: Tensor) -> Tensor:
+    """R: the root mean square of cosh(gamma U / ||U||), a scalar of at least 1; size is ||U||.
+
+    N R^2 = N + sum sinh^2 s. As sum s^2 is known, and sinh^2 s exceeds s^2 by no larger a share than it does at the
+    largest |s|, one look at that entry (on a CPU) or the number of entries (elsewhere, where looking would wait) often
+    tells that s^2 alone is exact to 3e-8; the next three terms of the series then are within the same at 10^5 entries.
+    """
+    N, k = U.numel(), gamma / (size + 1e-7)
+    if is_sharded(U) or torch.compiler.is_compiling():
+        return _directly(U, k)
+    if U.device.type == "cpu":
+        low, high = U.aminmax()
+        largest = float(k * torch.maximum(high, -low))
+        if gamma**2 * (_square(largest) / max(largest, 1e-30) ** 2 - 1) / (2 * N) <= 3e-8 or largest == 0:
+            return (1 + (k * size).square() / N).sqrt()
+        return _directly(U, k)
+    if _square(gamma) - sum(c * gamma ** (2 * i + 2) for i, c in enumerate(SERIES)) > 6e-8 * N:
+        return _directly(U, k)
+    flat = U.flatten() if U.dtype in (torch.float32, torch.float64) else U.flatten().float()
+    two = flat * flat
+    four = two * two
+    sums = (two.sum(), torch.dot(two, two), torch.dot(two, four), torch.dot(four, four))
+    return (1 + sum(c * s * k ** (2 * i + 2) for i, (c, s) in enumerate(zip(SERIES, sums, strict=True))) / N).sqrt()
+
+
+def _directly(U: Tensor, k: Tensor) -> Tensor:
+    s = U * k
     return (s.cosh().square().sum() / U.numel()).sqrt()  # a sum: the mean of unevenly sharded parts would be off
+
+
+def _square(s: float) -> float:
+    return math.sinh(s) ** 2 if s < 300 else math.inf

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from pondera.optim._base import Group, in_range, is_sharded, with_gradient
+from pondera.optim._base import Group, in_range, is_sharded, require_finite, with_gradient
 
 
 class SGDW(Optimizer):
@@ -76,10 +76,12 @@ class SGDW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        every = [with_gradient(group["params"], "SGDW") for group in self.param_groups]
+        require_finite([p for moved in every for p in moved], "SGDW")
+        for group, moved in zip(self.param_groups, every, strict=True):
             lr = group["lr"]
             eta = lr / group["base_lr"]
-            for params in alike(with_gradient(group["params"], "SGDW")):
+            for params in alike(moved):
                 for p in params:
                     if not self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -1,15 +1,13 @@
 """NorMuon: Muon's orthogonalised momentum, with each neuron's share of the update evened out."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from pondera.errors import BadInput
-from pondera.linalg import newton_schulz
-from pondera.optim._base import Group, MatrixOptimizer, in_range, on_matrix, whole_number
+from pondera.optim._base import Group, MatrixOptimizer, Rest, Scaled, State, in_range
 from pondera.optim._groups import VECTOR_RATE_RATIO
+from pondera.optim._iteration import check_iteration, orthogonalised
 
 SCALINGS = ("reference", "paper")
 
@@ -41,19 +39,21 @@ class NorMuon(MatrixOptimizer):
         weight_decay: decoupled decay lambda of matrices, multiplied by lr (0: reference code).
         scaling: "reference" or "paper", see above.
         ns_steps: iterations of Newton-Schulz (5: reference code).
-        ns_dtype: precision of the iteration; None is bfloat16 on accelerators, as in the reference, and float32 or
-            better on a CPU, where bfloat16 products can be fifty times slower (measured).
+        ns_dtype: precision of the iteration; None is bfloat16 where products in it are native, as in the reference, and
+            float32 on other CPUs, where they can be fifty times slower (measured). float64 is kept.
         eps: added to both denominators (1e-10: reference code).
         vector_lr_ratio: AdamW's rate over lr; None is 0.015 for "reference" (3e-4 beside 0.02 in its code), 1 for
             "paper".
         betas, vector_eps, vector_weight_decay: AdamW's own ((0.9, 0.95), 1e-10, 0: reference code).
+        rest: another optimizer than AdamW for the rest: the name of a class of torch.optim, or the class.
     Raises: BadInput: for a setting out of range; in `step` for a sparse gradient or a complex parameter.
     Paper: Li, Liu, Liang, Chen, Zhao 2025, arXiv 2510.05491. Code: github.com/zichongli5/NorMuon.
 
     Where code and paper differ: the scale c, and Nesterov (the paper's box orthogonalises M itself). Where we differ
     from the code: it normalises convolutions along the last kernel axis only, we a whole output unit, the paper's
     neuron; gradients are left as they are; a parameter without one is skipped. Under FSDP2 (DTensor) each rank gathers
-    the matrix, computes the whole update and keeps its part; the paper's version spreads the matrices over ranks.
+    the matrix, computes the whole update and keeps its part; `spread` deals the matrices out to the ranks, as the
+    paper's version does.
 
     >>> from torch import nn
     >>> from pondera.optim._groups import groups
@@ -81,42 +81,35 @@ class NorMuon(MatrixOptimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         vector_eps: float = 1e-10,
         vector_weight_decay: float = 0.0,
+        rest: Rest = None,
     ) -> None:
         if vector_lr_ratio is None:
             vector_lr_ratio = 1.0 if scaling == "paper" else VECTOR_RATE_RATIO
         own: Group = {"lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay, "eps": eps}
         own |= {"scaling": scaling, "ns_steps": ns_steps, "ns_dtype": ns_dtype}
         adamw = {"vector_lr_ratio": vector_lr_ratio, "betas": betas, "vector_eps": vector_eps}
-        super().__init__(params, own | adamw | {"vector_weight_decay": vector_weight_decay})
+        super().__init__(params, own | adamw | {"vector_weight_decay": vector_weight_decay}, rest)
 
     def _check(self, group: Group) -> None:
         super()._check(group)
         in_range("NorMuon", "beta2", group["beta2"], 0, 1)
         in_range("NorMuon", "eps", group["eps"], 0, open_low=True)
-        whole_number("NorMuon", "ns_steps", group["ns_steps"])
-        if not (group["ns_dtype"] is None or getattr(group["ns_dtype"], "is_floating_point", False)):
-            raise BadInput(f"NorMuon needs a floating-point dtype for ns_dtype, got {group['ns_dtype']!r}")
+        check_iteration("NorMuon", group)
         if group["scaling"] not in SCALINGS:
             raise BadInput(f"NorMuon knows the scalings {' and '.join(SCALINGS)}, got {group['scaling']!r}")
 
-    def _direction(self, update: Tensor, state: dict[str, Any], group: Group) -> Tensor:
-        def even_rows(U: Tensor) -> Tensor:
-            m, n = U.shape
-            O = orthogonalised(U, group)
-            if "second_momentum_buffer" not in state:
-                state["second_momentum_buffer"] = O.new_zeros(m, 1)
-            v = state["second_momentum_buffer"]
-            v.lerp_(O.square().mean(dim=1, keepdim=True), 1 - group["beta2"])
-            even = O / (v.sqrt() + group["eps"])
-            c = O.norm() * max(1, m / n) ** 0.5 if group["scaling"] == "reference" else 0.2 * (m * n) ** 0.5
-            return even * (c / (even.norm() + group["eps"]))
-
-        return on_matrix(even_rows, update, group["transposed"])
+    def _direction(self, update: Tensor, gradient: Tensor | None, state: State, group: Group) -> Scaled:
+        m, n = update.shape
+        O = orthogonalised(update, group)
+        squares = torch.linalg.vector_norm(O, dim=1, keepdim=True, dtype=accurate(O.dtype)).square()
+        if "second_momentum_buffer" not in state:
+            state["second_momentum_buffer"] = O.new_zeros(m, 1)
+        v = state["second_momentum_buffer"]
+        v.lerp_((squares / n).to(v.dtype), 1 - group["beta2"])
+        even = 1 / (v.sqrt() + group["eps"])  # what each row is multiplied by
+        c = squares.sum().sqrt() * max(1, m / n) ** 0.5 if group["scaling"] == "reference" else 0.2 * (m * n) ** 0.5
+        return O, even * (c / ((squares * even.square()).sum().sqrt() + group["eps"]))
 
 
-def orthogonalised(U: Tensor, group: Group) -> Tensor:
-    """Newton-Schulz's result for U, in the precision the group asks for."""
-    dtype = group["ns_dtype"]
-    if dtype is None:
-        dtype = torch.bfloat16 if U.device.type != "cpu" else torch.promote_types(U.dtype, torch.float32)
-    return newton_schulz(U, steps=group["ns_steps"], dtype=dtype)
+def accurate(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

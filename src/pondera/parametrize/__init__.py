@@ -7,6 +7,39 @@
 ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1']
 """
 
+from pondera.parametrize.bitwise import Bitwise
+from pondera.parametrize.signed_supermask import SignedSupermask
+from pondera.parametrize.u_mup import (
+    UnitEmbedding,
+    UnitLinear,
+    UnitReadout,
+    UnitResidual,
+    residual_taus,
+    u_mup_groups,
+    unit_attention,
+    unit_cross_entropy,
+    unit_gelu,
+    unit_silu_glu,
+)
+from pondera.parametrize.weight_compander import Compander
+from pondera.parametrize.weight_conditioning import Conditioned
 from pondera.parametrize.weight_normalization import data_dependent_weight_norm_, weight_norm
 
-__all__ = ["data_dependent_weight_norm_", "weight_norm"]
+__all__ = [
+    "Bitwise",
+    "Compander",
+    "Conditioned",
+    "SignedSupermask",
+    "UnitEmbedding",
+    "UnitLinear",
+    "UnitReadout",
+    "UnitResidual",
+    "data_dependent_weight_norm_",
+    "residual_taus",
+    "u_mup_groups",
+    "unit_attention",
+    "unit_cross_entropy",
+    "unit_gelu",
+    "unit_silu_glu",
+    "weight_norm",
+]

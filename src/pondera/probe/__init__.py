@@ -17,6 +17,7 @@ from pondera.probe.inductive_bias import Interpolants, RequiredInductiveBias, in
 from pondera.probe.initial_guessing_bias import GuessingLaw, InitialGuessingBias, initial_guessing_bias, predicted_bias
 from pondera.probe.koopman_bound import KoopmanBound, koopman_bound, koopman_factor
 from pondera.probe.labelled_ntk import LabelledKernel, SampleClusters, labelled_ntk, redundant_first, sample_clusters
+from pondera.probe.layer_rotation import LayerRotation, layer_rotation
 from pondera.probe.lora_features import LoraFeatures, lora_features
 from pondera.probe.neural_collapse import (
     DeepLinearGeometry,
@@ -52,6 +53,7 @@ __all__ = [
     "KernelDynamics",
     "KoopmanBound",
     "LabelledKernel",
+    "LayerRotation",
     "Laziness",
     "LoraFeatures",
     "NeuralCollapse",
@@ -79,6 +81,7 @@ __all__ = [
     "koopman_bound",
     "koopman_factor",
     "labelled_ntk",
+    "layer_rotation",
     "laziness",
     "lora_features",
     "margin_bounds",

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pondera.optim._base import Group, MatrixOptimizer, on_matrix, whole_number
+from pondera.optim._base import Group, MatrixOptimizer, Scaled, State
 from pondera.optim._groups import groups
-from pondera.optim.normuon import NorMuon, orthogonalised
+from pondera.optim._iteration import check_iteration, orthogonalised
+from pondera.optim.normuon import NorMuon
 from pondera.replications import Effect, Finding, Lab, Part, Sham, claim, conclude, met
 from pondera.replications.optim import _short
 
@@ -30,18 +31,18 @@ class Muon(MatrixOptimizer):
 
     def _check(self, group: Group) -> None:
         super()._check(group)
-        whole_number("Muon", "ns_steps", group["ns_steps"])
+        check_iteration("Muon", group)
 
-    def _direction(self, update: Tensor, state: dict[str, Any], group: Group) -> Tensor:
-        return on_matrix(lambda U: orthogonalised(U, group) * (0.2 * max(U.shape) ** 0.5), update, group["transposed"])
+    def _direction(self, update: Tensor, gradient: Tensor | None, state: State, group: Group) -> Tensor:
+        return orthogonalised(update, group) * (0.2 * max(update.shape) ** 0.5)
 
 
 class ColumnsEvened(NorMuon):
     """NorMuon with the columns of the update evened out in the place of its rows."""
 
-    def _direction(self, update: Tensor, state: dict[str, Any], group: Group) -> Tensor:
-        turned = super()._direction(update.flatten(1).T, state, group)
-        return turned.T.reshape(update.shape)
+    def _direction(self, update: Tensor, gradient: Tensor | None, state: State, group: Group) -> Scaled:
+        O, scale = super()._direction(update.T, gradient, state, group)
+        return O.T, scale.T
 
 
 NORMUON = "optim=NorMuon(scaling='paper')"
