@@ -97,6 +97,16 @@ CONCEPTS = {
     "plane": Concept("✈", ("cyan", "yellow"), "columns"),
     "eject": Concept("⏏", ("pink", "yellow"), "rows"),
     "question": Concept("?", ("green", "cyan"), "columns"),
+    "dollar": Concept("$", ("red", "cyan"), "rows"),
+    "sigma": Concept("Σ", ("orange", "green"), "columns"),
+    "section": Concept("§", ("red", "pink"), "rows"),
+    "infinity": Concept("∞", ("cyan", "pink"), "columns"),
+    "envelope": Concept("✉", ("yellow", "orange"), "rows"),
+    "mars": Concept("♂", ("cyan", "green"), "columns"),
+    "percent": Concept("%", ("pink", "orange"), "rows"),
+    "hammers": Concept("⚒", ("green", "red"), "columns"),
+    "pilcrow": Concept("¶", ("orange", "yellow"), "rows"),
+    "yin yang": Concept("☯", ("orange", "red"), "columns"),
 }
 
 
