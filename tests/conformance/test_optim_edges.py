@@ -14,7 +14,6 @@ from .test_optim import DEVICES, OPTIMIZERS, STEP_NEEDS, batch, make, model, sam
 GIVEN = [
     n for n in OPTIMIZERS if n not in STEP_NEEDS and n != "Layca"
 ]  # those that move by gradients alone, their own way
-REFUSING = [n for n in GIVEN if n != "Adafactor"]  # torch's own lets NaN through
 
 BAD = {"NaN": float("nan"), "infinity": float("inf")}
 
@@ -30,7 +29,7 @@ def one(name, w, gradients, **kw):
 
 
 @pytest.mark.parametrize("value", BAD)
-@pytest.mark.parametrize("name", REFUSING)
+@pytest.mark.parametrize("name", GIVEN)
 def test_a_gradient_that_is_not_finite_moves_nothing(name, value):
     net = model()
     optimizer = make(name, net.parameters())

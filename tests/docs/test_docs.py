@@ -128,7 +128,7 @@ def test_evidence_becomes_a_table_figures_and_notes(monkeypatch: pytest.MonkeyPa
     record = {"name": first.name, "claim": first.text, "source": "Sec. 3", "criterion": "|norm - 1| < 0.05 * a"}
     record |= {
         "budget": "quick",
-        "verdict": "fails",
+        "verdict": "refuted",
         "seconds": 2.0,
         "figures": ["norm-loss-a.svg"],
         "note": "Why <so>.",
@@ -145,7 +145,7 @@ def test_evidence_becomes_a_table_figures_and_notes(monkeypatch: pytest.MonkeyPa
     assert "1, 1, 1, 1, 1, 1 and 3 more" in text
     assert "Why <so>." in text
     assert "](norm-loss-a.svg)" in made
-    assert made.count("**fails**") == 1
+    assert made.count("**refuted**") == 1
     assert made.count("not run yet") == len(others)
 
 

@@ -420,7 +420,7 @@ def reproduce(
     from pondera import replications
 
     failed = False
-    colours = {"holds": "green", "refuted": "red", "fails": "red"}
+    colours = {"holds": "green", "refuted": "red"}
     for key in dict.fromkeys(chosen):
         record = replications.reproduce(
             key,
@@ -433,7 +433,7 @@ def reproduce(
             said=lambda line: console().print(f"[dim]{escape(line)}[/dim]"),
         )
         for c in record["claims"]:
-            failed |= c["verdict"] in ("refuted", "fails") or c.get("sham", {}).get("verdict") == "holds"
+            failed |= c["verdict"] == "refuted" or c.get("sham", {}).get("verdict") == "holds"
             colour = colours.get(c["verdict"], "yellow")
             console().print(f"\n[bold]{key}[/bold]: {escape(c['claim'])}  [{colour}]{c['verdict']}[/{colour}]")
             for line in _finding(c):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from pondera.errors import BadInput
-from pondera.optim._base import Group, in_range, with_gradient
+from pondera.optim._base import Group, in_range, require_finite, with_gradient
 
 LEAST = 1e-18  # its square is still a number of float32
 
@@ -91,7 +91,7 @@ class Adafactor(torch.optim.Adafactor):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            with_gradient(group["params"], "Adafactor")
+        every = [p for group in self.param_groups for p in with_gradient(group["params"], "Adafactor")]
+        require_finite(every, "Adafactor")
         super().step()
         return loss

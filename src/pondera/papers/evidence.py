@@ -17,7 +17,6 @@ HEADLINES = {
     "not testable here": "its claims need scale, data or hardware that are not here",
 }
 OUTCOMES = ("holds", "refuted", "undecided", "not testable here")
-_OLD = {"not shown here": "not testable here"}
 
 
 def recorded(key: str) -> list[dict[str, Any]]:
@@ -39,14 +38,14 @@ def _read(path: Path, changed: int) -> dict[str, Any]:
 
 
 def outcome(record: dict[str, Any]) -> str:
-    """A record's verdict in today's words. "fails" is of an older rule, which did not tell refuted from undecided."""
-    return _OLD.get(record["verdict"], record["verdict"])
+    """A record's verdict."""
+    return str(record["verdict"])
 
 
 def counts(key: str) -> dict[str, int]:
     """How many recorded claims came out which way, in the order of `OUTCOMES`."""
     found = [outcome(r) for r in recorded(key)]
-    return {o: found.count(o) for o in (*OUTCOMES, "fails") if o in found}
+    return {o: found.count(o) for o in OUTCOMES if o in found}
 
 
 def stale(key: str) -> list[str]:

@@ -25,23 +25,9 @@ from pondera._files import write_atomically
 from pondera._versions import versions
 from pondera.errors import BadInput, nearest
 from pondera.replications._lab import Lab
-from pondera.replications._outcomes import Finding, plain
+from pondera.replications._outcomes import Finding
 
 BUDGETS = {"quick": 20.0, "full": 600.0, "gpu": 600.0}  # seconds on two cores (gpu: on one lent GPU)
-
-
-def judge(condition: bool, *, note: str = "", **measured: Any) -> Finding:
-    """`holds` or `fails`, as claims were judged before there were four outcomes; `conclude` takes its place.
-
-    >>> judge(2 > 1, ratio=2.0).verdict
-    'holds'
-    """
-    return Finding("holds" if bool(condition) else "fails", {k: plain(v) for k, v in measured.items()}, note)
-
-
-def not_shown(reason: str, **measured: Any) -> Finding:
-    """`not shown here`, as it was called before; `not_testable` takes its place."""
-    return Finding("not shown here", {k: plain(v) for k, v in measured.items()}, reason)
 
 
 @dataclass(frozen=True)
