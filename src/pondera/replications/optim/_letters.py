@@ -92,7 +92,7 @@ def trained(
         orders.append(passage[torch.randperm(tokens, generator=g)])
     order = torch.stack(orders)
     weights = [torch.stack(s)[:, None].repeat(1, P, 1, 1) for s in zip(*starts, strict=True)]
-    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))  # type: ignore[assignment]
     norm = rms if normed else lambda x: x
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def trained(
         rate = lr * schedule((k + 1) / steps)
         with torch.no_grad():
             losses.append(loss.detach())
-            for w, g, m, v in zip(weights, grads, first, second, strict=True):
+            for w, g, m, v in zip(weights, grads, first, second, strict=True):  # type: ignore[call-overload]
                 m.lerp_(g, 1 - BETAS[0])
                 v.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
                 bias1, bias2 = (1 - b ** (k + 1) for b in BETAS)
