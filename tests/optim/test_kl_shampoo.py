@@ -156,7 +156,9 @@ def test_refusals():
             KLShampoo([w], **bad)
     optimizer = KLShampoo([w], momentum=0.0)
     w.grad = torch.full((2, 2), torch.nan)
-    with pytest.raises(BadInput, match="KLShampoo needs finite gradients, got 4 NaN or infinite of 4"):
+    with pytest.raises(
+        BadInput, match="KLShampoo needs finite gradients, got NaN or infinity for a parameter of shape"
+    ):
         optimizer.step()
     assert torch.equal(w, torch.ones(2, 2))
     assert not optimizer.state[w]

@@ -161,7 +161,9 @@ def test_refusals():
             Shampoo4bit([w], **bad)
     optimizer = Shampoo4bit([w], momentum=0.0)
     w.grad = torch.full((2, 2), torch.inf)
-    with pytest.raises(BadInput, match="Shampoo4bit needs finite gradients, got 4 NaN or infinite of 4"):
+    with pytest.raises(
+        BadInput, match="Shampoo4bit needs finite gradients, got NaN or infinity for a parameter of shape"
+    ):
         optimizer.step()
     assert torch.equal(w, torch.ones(2, 2))
     assert not optimizer.state[w]

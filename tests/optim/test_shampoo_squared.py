@@ -136,7 +136,7 @@ def test_refusals_change_nothing():
             Shampoo([w], **bad)
     optimizer = Shampoo([w], momentum=0.0)
     w.grad = torch.tensor([[1.0, torch.nan], [0.0, 1.0]])
-    with pytest.raises(BadInput, match=r"Shampoo needs finite gradients, got 1 NaN or infinite of 4 .*shape \(2, 2\)"):
+    with pytest.raises(BadInput, match="Shampoo needs finite gradients, got NaN or infinity for a parameter of shape"):
         optimizer.step()
     assert torch.equal(w, torch.ones(2, 2))
     assert not optimizer.state[w]

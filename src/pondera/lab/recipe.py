@@ -384,7 +384,15 @@ def _fits(room: str, public: str, value: Any) -> bool:
         )
     if room == "optim":
         return _is_class(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer and _takes_params(value)
-    return room != "parametrize" or isinstance(value, type) or inspect.isfunction(value)
+    if isinstance(value, type):
+        return room == "parametrize" and issubclass(value, nn.Module) and hasattr(value, "right_inverse")
+    if not inspect.isfunction(value):
+        return False
+    first, *others = inspect.signature(value).parameters.values()
+    if room == "parametrize":
+        return first.name == "module" or any(p.name == "batch" for p in others)
+    alone = all(p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in others)
+    return first.name in ("weight", "model") and alone and not public.endswith("_")
 
 
 def _named(room: str, name: str) -> Callable[..., Any]:

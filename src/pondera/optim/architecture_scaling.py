@@ -178,8 +178,9 @@ def architecture_scaled(
 ) -> list[dict[str, Any]]:
     r"""The learning rate of SGD for a model, from the one tuned on a small net, as parameter groups.
 
-    .. math:: \eta = \eta_{base} \frac{(\sum_p L_p^3)^{-1/2} q^{-1}}{(\sum_{p \in base} L_p^3)^{-1/2} q_{base}^{-1}}
-    (eq. 8, 9)
+    .. math::
+        \eta = \eta_{base} \frac{(\sum_p L_p^3)^{-1/2} q^{-1}}{(\sum_{p \in base} L_p^3)^{-1/2} q_{base}^{-1}}
+        \qquad \text{(eq. 8, 9)}
 
     over all paths p from input to output, each through L_p weight layers, with convolutions of q x q. At this rate and
     the start `architecture_scaled_` a step changes the pre-activations by the same mean square in every such network:
@@ -234,8 +235,9 @@ def architecture_scaled_(
 ) -> nn.Module:
     r"""Start a network so that every node keeps its scale, however many branches it sums. In place.
 
-    .. math:: W \sim \mathcal N\!\left(0, \frac{2}{d\, n_{in}}\right), \qquad W_{\text{read-out}} \sim \mathcal N(0,
-    n_{in}^{-2})   (eq. 4)
+    .. math::
+        W \sim \mathcal N\!\left(0, \frac{2}{d\, n_{in}}\right), \qquad W_{\text{read-out}} \sim \mathcal N(0,
+        n_{in}^{-2}) \qquad \text{(eq. 4)}
 
     with n_in the inputs of a unit (kernel and channels) and d the branches summed where the layer ends. Biases start at
     zero; norms and embeddings are left as they are.

@@ -26,10 +26,10 @@ class Bloop:
     e starts as the first main gradient. Several auxiliary losses are made orthogonal to e and to those before them, by
     Gram-Schmidt: the earlier, the more it counts. Projecting on the noisy g_main of the batch in the place of e changes
     hardly anything: of p dimensions it takes away one at random, and what is left is (1 - 1/p) g_aux on average, as in
-        a plain sum.
+    a plain sum.
 
     It is no optimizer: call `backward` (or `combine`, with gradients you have) in the place of ``loss.backward()``,
-        then clip, then step. Under
+    then clip, then step. Under
     DDP give `combine` reduced gradients; under a GradScaler unscaled ones. Parameters that a loss does not reach count
     as 0.
 

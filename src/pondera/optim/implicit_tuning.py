@@ -91,7 +91,7 @@ def implicit_hypergradient(
             multiple of the identity in the place of H^-1.
         alpha: a, below 2 over the largest eigenvalue of H. The learning rate of Adam or momentum is not such a number.
             None: one over the largest eigenvalue, by power iteration (ours; the paper takes the inner learning rate,
-                recalled).
+            recalled).
         damping: added to H, against small and negative eigenvalues (0: paper).
         power_steps: products of that estimate (10: ours).
         generator: of its random start.

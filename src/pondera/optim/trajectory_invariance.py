@@ -75,8 +75,7 @@ def one_dimensional_sweep(lr: float, effective_rates: Iterable[float]) -> list[S
 
     Fix a rate that trains safely (a rate too large diverges whatever the decay), sweep the decay, and take the best. In
     runs of few steps and large batches it is the other way round: `regime` says which. Of finding the best of a grid
-        over both it
-    saves all but one row.
+    over both it saves all but one row.
 
     Args:
         lr: eta, kept.

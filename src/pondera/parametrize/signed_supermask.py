@@ -38,7 +38,7 @@ class SignedSupermask(nn.Module):
         start: what is frozen: ``"elus"`` (the paper's) or ``"weight"``, the weight that is there.
         generator: draws M when the weight is registered; torch's own by default.
     Shapes and types: a weight of two or more dimensions, outputs first; mask and frozen weight like it.
-        fan_in is what one entry of the first dimension reads, fan_out the first dimension times the taps.
+    fan_in is what one entry of the first dimension reads, fan_out the first dimension times the taps.
     Registering changes the function. Assigning a weight sets the mask to the nearest of -1, 0 and 1 for each frozen weight.
     Raises: BadInput: for a threshold that is not positive or another start; at registration and assignment for a weight
         with NaN or fewer than two dimensions; at registration for a threshold above the bound of M, where all would be hidden.
