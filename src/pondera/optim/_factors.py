@@ -4,10 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from pondera.errors import BadInput, not_finite
 from pondera.optim._base import MatrixOptimizer, State
 
 
@@ -34,15 +32,6 @@ class FactoredOptimizer(MatrixOptimizer):
 
 def accurate(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def check_gradient(who: str, G: Float[Tensor, "m n"], now: bool) -> None:
-    """BadInput for a gradient with NaN or infinity, which would stay in the factors: always on a CPU, elsewhere if `now`."""
-    if (now or G.device.type == "cpu") and (bad := not_finite(G)):
-        raise BadInput(
-            f"{who} needs finite gradients, got {bad} NaN or infinite of {G.numel()} in that of a matrix of shape "
-            f"{tuple(G.shape)}; leave such steps out"
-        )
 
 
 def counted(state: State) -> int:

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from pondera.errors import BadInput, describe, require_finite
 from pondera.optim._base import Group, Rest, State, in_range, whole_number
-from pondera.optim._factors import FactoredOptimizer, accurate, check_gradient, counted
+from pondera.optim._factors import FactoredOptimizer, accurate, counted
 
 MOST = 4000  # no inverse root of an eigenvalue grows beyond this (reference code)
 
@@ -51,7 +51,7 @@ class KLShampoo(FactoredOptimizer):
         betas, vector_eps, vector_weight_decay: AdamW's own.
         rest: another optimizer than AdamW for the rest: the name of a class of torch.optim, or the class.
     Raises: BadInput: for a setting out of range; in `step` for a sparse gradient, a complex parameter, or a gradient that
-        is not finite (on other devices than the CPU it is looked at when eigenbases are updated).
+        is not finite.
     Paper: Lin, Lowe, Dangel, Eschenhagen, Xu, Grosse 2025, arXiv 2509.03378. Code: github.com/yorkerlin/KL-Methods
         (read here; the paper's text was not). Authors' names are recalled.
 
@@ -101,7 +101,6 @@ class KLShampoo(FactoredOptimizer):
         assert gradient is not None
         t = int(state["step"]) if "step" in state else 0
         turn = t > 0 and t % int(group["basis_every"]) == 0
-        check_gradient("KLShampoo", gradient, turn or t == 0)
         counted(state)
         M, G = (x.to(accurate(update.dtype)) for x in (update, gradient))
         if t == 0:

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 from pondera.errors import BadInput
 from pondera.linalg.matrix_roots import raised
 from pondera.optim._base import Group, Rest, State, in_range, whole_number
-from pondera.optim._factors import FactoredOptimizer, accurate, blocks, check_gradient, counted
+from pondera.optim._factors import FactoredOptimizer, accurate, blocks, counted
 
 MAPS = ("linear-2", "linear", "dynamic")
 ENTRIES = 64  # quantised with one scale, along a row (reference code)
@@ -54,7 +54,7 @@ class Shampoo4bit(FactoredOptimizer):
         betas, vector_eps, vector_weight_decay: AdamW's own.
         rest: another optimizer than AdamW for the rest: the name of a class of torch.optim, or the class.
     Raises: BadInput: for a setting out of range; in `step` for a sparse gradient, a complex parameter, or a gradient that
-        is not finite (on other devices than the CPU it is looked at when factors take it in).
+        is not finite.
     Paper: Wang, Zhou, Li, Huang 2024, arXiv 2405.18144. Code: github.com/Sike-Wang/low-bit-Shampoo, which runs on CUDA
         alone; its arithmetic was followed from the source, not run.
 
@@ -118,7 +118,6 @@ class Shampoo4bit(FactoredOptimizer):
         assert gradient is not None
         t = int(state.get("step", 0)) + 1
         factors, roots = t % group["factor_every"] == 0, t % group["root_every"] == 0
-        check_gradient(type(self).__name__, gradient, factors)
         counted(state)
         M, G = (x.to(accurate(update.dtype)) for x in (update, gradient))
         D = torch.empty_like(M)

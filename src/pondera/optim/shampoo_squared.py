@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from pondera.errors import BadInput, describe, require_finite
 from pondera.linalg import matrix_power
 from pondera.optim._base import Group, Rest, State, in_range, whole_number
-from pondera.optim._factors import FactoredOptimizer, accurate, blocks, check_gradient, counted
+from pondera.optim._factors import FactoredOptimizer, accurate, blocks, counted
 
 GRAFTS = (None, "sgd", "adam")
 
@@ -49,7 +49,7 @@ class Shampoo(FactoredOptimizer):
         betas, vector_eps, vector_weight_decay: AdamW's own; betas[1] and vector_eps also serve graft="adam".
         rest: another optimizer than AdamW for the rest: the name of a class of torch.optim, or the class.
     Raises: BadInput: for a setting out of range; in `step` for a sparse gradient, a complex parameter, or a gradient that
-        is not finite (on other devices than the CPU it is looked at when roots are taken).
+        is not finite.
     Paper: Morwani, Shapira, Vyas, Malach, Kakade, Janson 2024, arXiv 2406.17748; no repository of its own was found. The
         paper is an analysis: it does not claim that the power 1/2 trains faster.
 
@@ -102,7 +102,6 @@ class Shampoo(FactoredOptimizer):
     def _direction(self, update: Tensor, gradient: Tensor | None, state: State, group: Group) -> Tensor:
         assert gradient is not None
         now = self._roots_now(state, group)
-        check_gradient(type(self).__name__, gradient, now)
         M, G = (x.to(accurate(update.dtype)) for x in (update, gradient))
         t = counted(state)
         D = torch.empty_like(M)
