@@ -48,7 +48,7 @@ class SignedSupermask(nn.Module):
 
     >>> from torch.nn.utils import parametrize
     >>> layer = parametrize.register_parametrization(nn.Linear(27, 30), "weight", SignedSupermask())
-    >>> sorted(set((3 * layer.weight.detach()).round(decimals=4).flatten().tolist()))
+    >>> sorted(set((3 * layer.weight.detach()).round(decimals=4).add(0.0).flatten().tolist()))
     [-1.0, 0.0, 1.0]
     >>> mask = layer.parametrizations.weight.original
     >>> with torch.no_grad():
