@@ -29,7 +29,7 @@ def copy(tmp_path, monkeypatch):
 
 
 def forget():
-    for cached in (_sources._names, _sources._bytes, _sources._meaning):
+    for cached in (_sources._names, _sources._bytes, _sources._pieces, _sources._closure):
         cached.cache_clear()
 
 
@@ -76,6 +76,33 @@ def test_prose_and_what_belongs_to_others_leave_it_alone(copy, tmp_path):
     assert prints() == first
 
 
+def test_of_another_module_only_what_is_reached_counts(copy):
+    module = copy / "penalties" / "norm_loss.py"
+    first = prints()
+    change(
+        module,
+        "from torch import Tensor, nn",
+        "from torch import Tensor, nn\n\nUNUSED = 1\n\n\ndef unused(x):\n    return x + UNUSED\n",
+    )
+    assert prints() == first
+    change(module, "UNUSED = 1", "UNUSED = 1\nprint(UNUSED)")  # it acts when imported
+    second = prints()
+    assert second != first
+    change(module, "x + UNUSED", "x - UNUSED")
+    assert prints() == second
+    change(module, "def unused", "@print\ndef unused")  # what decorates it may keep a list
+    assert prints() != second
+
+
+def test_what_is_reached_through_a_name_in_another_module_counts(copy):
+    name = "pondera.replications.optim.auon"
+    before = {n: claim_sources(name, n)[0] for n in ("text_is_bounded", "cost_is_linear")}
+    change(copy / "optim" / "_iteration.py", "a, b, c = 3.4445", "a, b, c = 3.4446")  # by HybridAuON, in AuON's module
+    after = {n: claim_sources(name, n)[0] for n in before}
+    assert after["cost_is_linear"] != before["cost_is_linear"]
+    assert after["text_is_bounded"] == before["text_is_bounded"]
+
+
 def test_a_method_that_a_recipe_names_belongs_to_it(copy):
     replication = copy / "replications" / "penalties" / "norm_loss.py"
     change(replication, 'lab.compare("digits", [', 'lab.compare("deep", ["init=orthogonal", ')
@@ -96,7 +123,7 @@ def test_evidence_is_stale_when_its_sources_changed(copy, monkeypatch):
     assert not still_fits(NAME, "units_reach_unit_norm", mark, files)
     assert not still_fits(NAME, "gone", mark, {})
     with monkeypatch.context() as m:
-        m.setattr(_sources, "RULE", "3")
+        m.setattr(_sources, "RULE", "next")
         assert not still_fits(NAME, "units_reach_unit_norm", mark, files)
     with pytest.raises(BadInput, match="no claim 'gone'"):
         claim_sources(NAME, "gone")

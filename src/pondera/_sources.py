@@ -98,19 +98,22 @@ def exports(tree: ast.Module) -> Iterator[str]:
                 yield from (e.value for e in value.elts if isinstance(e, ast.Constant) and isinstance(e.value, str))
 
 
-def home(module: str, name: str, depth: int = 0) -> str:
+def home(module: str, name: str) -> str:
     """The module of pondera that ``from module import name`` takes it from."""
-    if own_file(f"{module}.{name}"):
-        return f"{module}.{name}"
+    return origin(module, name)[0]
+
+
+def origin(module: str, name: str, depth: int = 0) -> tuple[str, str]:
+    """The module of pondera that ``from module import name`` takes it from, and its name there; a module itself is `WHOLE`."""
     file = own_file(module)
     if file is None or file.name != "__init__.py" or depth > 8:
-        return module
+        return module, name
     for s in read(str(file)).statements:
         source = s.absolute(module)
         for original, bound in s.names:
             if bound == name and source and source.startswith(f"{SELF}."):
-                return home(source, original, depth + 1)
-    return module
+                return origin(source, original, depth + 1)
+    return (f"{module}.{name}", WHOLE) if own_file(f"{module}.{name}") else (module, name)
 
 
 def own_file(name: str) -> Path | None:
@@ -136,7 +139,7 @@ def evidence_folder() -> Path:
     return packaged if packaged.is_dir() else package.parents[1] / "evidence"
 
 
-RULE = "2"  # of running and judging: raise it when comparisons or verdicts come out otherwise for the same sources
+RULE = "3"  # of running and judging: raise it when comparisons or verdicts come out otherwise for the same sources
 # what is covered by RULE, or holds no numbers
 _APART = ("cli", "papers", "report", "doctor", "lab", "errors", "_files", "_words", "_versions", "_sources")
 _FRAMEWORK = {f"{SELF}.replications{m}" for m in ("", "._claims", "._outcomes", "._lab", "._kept")}
@@ -146,31 +149,34 @@ _ROOMS = ("init", "parametrize", "penalties", "optim", "adapters", "nn")  # reci
 def claim_sources(replication: str, name: str) -> tuple[str, dict[str, str]]:
     """The fingerprint of what one claim's figures come from, and the files it lies in.
 
-    Covered are the claim's function with whatever it reaches in its module, the criterion, method and sham it is stated
-    with, the modules of pondera that these import or name in a recipe ("init=lsuv"), those which these import in turn, and
-    the built-in tasks named. Comments, docstrings and layout are not; of the lab, only the tasks, and the version of its rule.
+    Covered are the claim's function with the criterion, method and sham it is stated with, and whatever it reaches by name:
+    in its module, and through imports in other modules of pondera, of each the functions, classes and values that are
+    reached and what runs when it is imported; the methods named in a recipe ("init=lsuv") and the built-in tasks named. A
+    module that is used as a whole (``import pondera.linalg``) counts as a whole. Comments, docstrings and layout are not
+    covered; of the lab, only the tasks, and the version of its rule.
 
     Args: replication: the module, such as ``"pondera.replications.init.lsuv"``. name: of the claim's function.
     Returns: the rule's version and a hash of 16 hexadecimal digits, and module -> hash of its file's bytes.
     Raises: BadInput: if there is no such module or function.
     """
     file = own_file(replication)
-    reached = _reached(str(file), name) if file else None
-    if file is None or reached is None:
+    if file is None or not any(p.makes(name) for p in _pieces(str(file))):
         raise BadInput(f"there is no claim {name!r} in {replication}")
-    text, statements, words = reached
-    todo = [m for s in statements for m in _modules(s, replication.rpartition(".")[0])]
-    todo += [m for word in words for m in _named(word)]
-    found: dict[str, Path] = {}
+    reached: dict[str, set[str]] = {}  # of each module the names asked for; WHOLE for all of it
+    todo = [(replication, name)]
     while todo:
-        module = todo.pop()
+        module, wanted = todo.pop()
         at = own_file(module)
-        if module in found or at is None or _left_out(module):
+        asked = reached.setdefault(module, set())
+        if wanted in asked or at is None or (module != replication and _left_out(module)):
             continue
-        found[module] = at
-        todo += [m for s in read(str(at)).statements for m in _modules(s, package_of(module, at))]
-    parts = [text, *(f"{m} {_meaning(str(found[m]))}" for m in sorted(found))]
-    files = {replication: file} | found
+        asked.add(wanted)
+        for piece in _closure(str(at), wanted):
+            todo += [m for s in piece.statements for m in _asked_for(s, package_of(module, at))]
+            if module == replication:
+                todo += [(m, n) for word in piece.words for m, n in _named(word)]
+    files = {m: at for m in reached if (at := own_file(m)) and (m == replication or not _left_out(m))}
+    parts = [m + " " + _text(str(files[m]), reached[m]) for m in sorted(files)]
     return f"{RULE}-{digest(chr(10).join(parts).encode())}", {m: _bytes(str(files[m])) for m in sorted(files)}
 
 
@@ -191,12 +197,12 @@ def still_fits(replication: str, name: str, fingerprint: str, files: dict[str, s
         return False
 
 
-def _modules(s: Statement, package: str) -> list[str]:
-    """The modules of pondera that one import leads to."""
+def _asked_for(s: Statement, package: str) -> list[tuple[str, str]]:
+    """The modules of pondera that one import leads to, and what is taken from each."""
     module = s.absolute(package)
     if not module or module.partition(".")[0] != SELF:
         return []
-    return [home(module, name) for name, _ in s.names] or [module]
+    return [origin(module, name) for name, _ in s.names] or [(module, WHOLE)]
 
 
 def _left_out(module: str) -> bool:
@@ -206,22 +212,22 @@ def _left_out(module: str) -> bool:
     return module == SELF or module in _FRAMEWORK or any(inside == p or inside.startswith(f"{p}.") for p in _APART)
 
 
-def _named(word: str) -> list[str]:
-    """Modules behind a word of a text without blanks: a method as recipes name it, or a built-in task."""
+def _named(word: str) -> list[tuple[str, str]]:
+    """What is behind a word of a text without blanks: a method as recipes name it, or a built-in task."""
     task = f"{SELF}.lab.tasks.{word}"
-    return [*_names().get(word, ()), *([task] if own_file(task) else [])]
+    return [*_names().get(word, ()), *([(task, WHOLE)] if own_file(task) else [])]
 
 
 @lru_cache(maxsize=1)
-def _names() -> dict[str, tuple[str, ...]]:
-    """What recipes call the methods of the rooms -> the modules that have them."""
-    found: dict[str, tuple[str, ...]] = {}
+def _names() -> dict[str, tuple[tuple[str, str], ...]]:
+    """What recipes call the methods of the rooms -> where they are made."""
+    found: dict[str, tuple[tuple[str, str], ...]] = {}
     for room in _ROOMS:
         package = f"{SELF}.{room}"
         at = own_file(package)
         for name in read(str(at)).exports if at else ():
             short = name.removesuffix("_").removesuffix("Config")
-            found[short] = (*found.get(short, ()), home(package, name))
+            found[short] = (*found.get(short, ()), origin(package, name))
     return found
 
 
@@ -230,10 +236,110 @@ def _bytes(file: str) -> str:
     return digest(Path(file).read_bytes())
 
 
+# -- a module by its top-level statements, and which of them a name reaches -------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A statement at the top of a module. text: what it does, without comments, docstrings and layout. makes: the names it
+    binds. uses: the names it reads. always: whether it does something when imported beside binding names. words: those of
+    its strings without blanks. imports: whether it only imports."""
+
+    text: str
+    binds: frozenset[str]
+    uses: frozenset[str]
+    statements: tuple[Statement, ...]
+    words: frozenset[str]
+    always: bool
+    makes_function: bool
+    imports: bool
+
+    def makes(self, name: str) -> bool:
+        return self.makes_function and name in self.binds
+
+
+WHOLE = "*"  # asked for where all of a module counts
+# decorators that leave their function where it was, and keep no list of it
+_PLAIN = {
+    "cache",
+    "lru_cache",
+    "dataclass",
+    "contextmanager",
+    "no_grad",
+    "claim",
+    "wraps",
+    "overload",
+    "runtime_checkable",
+}
+
+
 @lru_cache(maxsize=512)
-def _meaning(file: str) -> str:
-    """Hash of what a file's text does: without comments, docstrings and layout."""
-    return digest(_bare(ast.parse(Path(file).read_bytes())).encode())
+def _pieces(file: str) -> tuple[Piece, ...]:
+    found: list[Piece] = []
+    for node in _without_docstring(ast.parse(Path(file).read_bytes()).body):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)):  # each name apart
+            found += [_piece(type(node)(**{**vars(node), "names": [alias]})) for alias in node.names]
+        else:
+            _state(node)
+            found.append(_piece(node))
+    return tuple(found)
+
+
+def _piece(node: ast.stmt) -> Piece:
+    bare = _bare(node)
+    inside = list(ast.walk(node))
+    names = [n for n in inside if isinstance(n, ast.Name)]
+    imports = isinstance(node, (ast.Import, ast.ImportFrom))
+    strings = {n.value for n in inside if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return Piece(
+        "" if imports or _words_errors(node) else bare,
+        frozenset(_binds(node)),
+        frozenset(n.id for n in names),
+        tuple(statements(node)) if not isinstance(node, ast.ImportFrom) or node.module != f"{SELF}.errors" else (),
+        frozenset(w for s in strings if s and not re.search(r"\s", s) for w in re.findall(r"\w+", s)),
+        not imports and _acts(node),
+        isinstance(node, ast.FunctionDef),
+        imports,
+    )
+
+
+def _acts(node: ast.stmt) -> bool:
+    """Whether a statement does something beside binding its names: a call, a table's entry, a decorator that keeps a list."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        called = [d.func if isinstance(d, ast.Call) else d for d in node.decorator_list]
+        return any((d.attr if isinstance(d, ast.Attribute) else getattr(d, "id", "")) not in _PLAIN for d in called)
+    return not isinstance(node, (ast.Assign, ast.AnnAssign)) or any(
+        not isinstance(t, (ast.Name, ast.Tuple)) for t in getattr(node, "targets", [getattr(node, "target", None)])
+    )
+
+
+@lru_cache(maxsize=8192)
+def _closure(file: str, wanted: str) -> tuple[Piece, ...]:
+    """The pieces of a module that `wanted` reaches by name, and those that act by themselves, in the module's order."""
+    pieces = _pieces(file)
+    if wanted == WHOLE:
+        return pieces
+    taken = {i for i, p in enumerate(pieces) if p.always}
+    asked, todo = {wanted}, {wanted}.union(*(pieces[i].uses for i in taken))
+    while todo:
+        asked |= todo
+        more = {i for i, p in enumerate(pieces) if i not in taken and p.binds & todo}
+        taken |= more
+        todo = set().union(*(pieces[i].uses for i in more)) - asked
+    return tuple(pieces[i] for i in sorted(taken))
+
+
+def _text(file: str, wanted: set[str]) -> str:
+    """Hash of what all the names reach."""
+    taken = {id(p) for name in wanted for p in _closure(file, name)}
+    return digest(chr(10).join(p.text for p in _pieces(file) if id(p) in taken and not p.imports).encode())
+
+
+def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
+    value = getattr(body[0], "value", None) if body and isinstance(body[0], ast.Expr) else None
+    return body[isinstance(value, ast.Constant) and isinstance(value.value, str) :]
 
 
 def _bare(tree: ast.AST) -> str:
@@ -242,9 +348,8 @@ def _bare(tree: ast.AST) -> str:
         body = getattr(node, "body", None)
         if not isinstance(body, list):  # a lambda's is an expression
             continue
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and body:
-            value = getattr(body[0], "value", None) if isinstance(body[0], ast.Expr) else None
-            body = body[isinstance(value, ast.Constant) and isinstance(value.value, str) :]
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = _without_docstring(body)
         node.body = [s for s in body if not _words_errors(s)]  # type: ignore[attr-defined]
     return ast.dump(tree)
 
@@ -255,46 +360,17 @@ def _words_errors(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and getattr(getattr(node.value, "func", None), "id", "") == "require_extra"
 
 
-def _reached(file: str, name: str) -> tuple[str, list[Statement], set[str]] | None:
-    """Of a replication's file, what one claim reaches: its text, the imports, and the words that may name methods."""
-    tree = ast.parse(Path(file).read_bytes())
-    bound: dict[str, list[ast.stmt]] = {}
-    for node in tree.body:
-        for target in _binds(node):
-            bound.setdefault(target, []).append(node)
-    if not any(isinstance(node, ast.FunctionDef) for node in bound.get(name, [])):
-        return None
-    seen: dict[int, ast.stmt] = {}
-    todo = [name]
-    asked: set[str] = set()
-    while todo:
-        wanted = todo.pop()
-        if wanted in asked:
-            continue
-        asked.add(wanted)
-        for node in bound.get(wanted, []):
-            if id(node) not in seen:
-                seen[id(node)] = node
-                _state(node)
-                todo += [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
-    order = [node for node in tree.body if id(node) in seen]
-    imports = [node for node in order if isinstance(node, (ast.Import, ast.ImportFrom))]
-    rest = [node for node in order if not isinstance(node, (ast.Import, ast.ImportFrom))]
-    strings = {
-        n.value for node in rest for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)
-    }
-    words = {w for s in strings if s and not re.search(r"\s", s) for w in re.findall(r"\w+", s)}
-    used = [s for node in imports for s in _only(node, asked)]
-    inside = [s for node in rest for s in statements(node)]
-    return "\n".join(_bare(node) for node in rest), used + inside, words
-
-
-def _binds(node: ast.stmt) -> list[str]:
+def _binds(node: ast.stmt) -> Iterator[str]:
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        return [node.name]
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        return [(a.asname or a.name).partition(".")[0] for a in node.names]
-    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        yield node.name
+        return
+    for n in ast.walk(node):
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):  # within an if or a try
+            yield n.name
+        elif isinstance(n, (ast.Import, ast.ImportFrom)):
+            yield from ((a.asname or a.name).partition(".")[0] for a in n.names)
+        elif isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store):
+            yield n.id
 
 
 def _state(node: ast.stmt) -> None:
@@ -303,13 +379,3 @@ def _state(node: ast.stmt) -> None:
         if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "claim":
             call.args = []
             call.keywords = [k for k in call.keywords if k.arg in ("criterion", "method", "sham")]
-
-
-def _only(node: ast.Import | ast.ImportFrom, asked: set[str]) -> Iterator[Statement]:
-    """An import's statements, of the names that are asked for."""
-    for alias in node.names:
-        if (alias.asname or alias.name).partition(".")[0] in asked:
-            if isinstance(node, ast.Import):
-                yield Statement(0, alias.name)
-            else:
-                yield Statement(node.level, node.module or "", ((alias.name, alias.asname or alias.name),))
