@@ -6,6 +6,7 @@
 torch.Size([5, 3])
 """
 
+from pondera.nn.equivariance import act_on, equivariance_error, group_element
 from pondera.nn.maxout import Maxout
 
-__all__ = ["Maxout"]
+__all__ = ["Maxout", "act_on", "equivariance_error", "group_element"]
