@@ -8,6 +8,7 @@
 """
 
 from pondera.parametrize.bitwise import Bitwise
+from pondera.parametrize.mpo_sharing import share_mpo
 from pondera.parametrize.signed_supermask import SignedSupermask
 from pondera.parametrize.u_mup import (
     UnitEmbedding,
@@ -36,6 +37,7 @@ __all__ = [
     "UnitResidual",
     "data_dependent_weight_norm_",
     "residual_taus",
+    "share_mpo",
     "u_mup_groups",
     "unit_attention",
     "unit_cross_entropy",
