@@ -1,6 +1,7 @@
-"""Optimizers beside torch's own: time of a step, memory of the state, and how the cost grows with the matrix.
+"""Optimizers beside torch's own: time of a step, memory of state and step, and how the cost grows with the matrix.
 
-Run `python benchmarks/optim.py`. Steps are interleaved in one process on one thread; times are medians.
+Run `python -m benchmarks optim`. Steps are interleaved in one process on one thread; times are medians. A block is the four
+matrices of GPT-2 small's: 2304 x 768, 768 x 768, 3072 x 768, 768 x 3072. Peak is what a step holds beside weights and state.
 """
 
 import importlib.util
@@ -19,8 +20,10 @@ from pondera.optim.decoupled_decay import SGDW
 from pondera.optim.normuon import NorMuon
 from pondera.optim.novograd import NovoGrad
 from pondera.optim.trust_region_muon import TrustRegion
+from pondera.replications.adapters.oftv2 import peak_bytes
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
+BLOCK = ((2304, 768), (768, 768), (3072, 768), (768, 3072))  # of GPT-2 small
 SIZES = (128, 256, 512)
 LINEAR_SIZES = (512, 1024, 2048)
 REPEATS = 9
@@ -41,14 +44,19 @@ def kept_adamp(params: list[nn.Parameter]) -> Optimizer:
 
 
 PAIRS: dict[str, tuple[Make, str, Make, str]] = {
-    "NorMuon": (NorMuon, "torch.optim.Muon", as_muon, "ours iterates in float32 on a CPU, torch's always in bfloat16"),
+    "NorMuon": (
+        NorMuon,
+        "torch.optim.Muon",
+        as_muon,
+        "ours iterates in bfloat16 where the CPU has it, else in float32, torch's always in bfloat16",
+    ),
     "NorMuon(bfloat16)": (
         lambda p: NorMuon(p, ns_dtype=torch.bfloat16),
         "torch.optim.Muon",
         as_muon,
         "the iteration in bfloat16 on both sides: the price of evening out the rows",
     ),
-    "HybridAuON": (HybridAuON, "torch.optim.Muon", as_muon, "ours iterates in float32, torch's in bfloat16"),
+    "HybridAuON": (HybridAuON, "torch.optim.Muon", as_muon, "as NorMuon"),
     "AuON": (AuON, "torch.optim.AdamW", torch.optim.AdamW, "one state tensor beside two"),
     "SGDW": (SGDW, "torch.optim.SGD", lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), "foreach on both sides"),
     "TrustRegion(spectral)": (
@@ -75,7 +83,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
             for name, pair in PAIRS.items()
             for n in sizes_of(pair[0], SIZES)[: 1 if quick else None]
         ]
-        return rows if quick else [*rows, *growth()]
+        return rows if quick else [*rows, *blocks(), *growth()]
     finally:
         torch.set_num_threads(threads)
 
@@ -96,6 +104,43 @@ def compared(name: str, make: Make, peer: str, make_peer: Make, note: str, n: in
     memory = f"state {state_bytes(ours):,} B beside {state_bytes(theirs):,} B"
     row = {"name": f"{name} {n} x {n}", "ours": name, "peer": peer, "seconds_ours": a, "seconds_peer": b}
     return row | {"ratio": a / b, "note": f"{memory}; {note}"}
+
+
+ON_BLOCKS: dict[str, tuple[Make, str, Make]] = {
+    "NorMuon": (NorMuon, "torch.optim.Muon", as_muon),
+    "HybridAuON": (HybridAuON, "torch.optim.Muon", as_muon),
+    "TrustRegion(spectral)": (as_trust_region, "torch.optim.Muon", as_muon),
+    "AuON": (AuON, "torch.optim.AdamW", torch.optim.AdamW),
+    "SGDW": (SGDW, "torch.optim.SGD", lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1)),
+    "NovoGrad": (NovoGrad, "torch.optim.AdamW", torch.optim.AdamW),
+}
+
+
+def blocks() -> list[dict[str, Any]]:
+    """A step on one block of GPT-2 small, in both precisions of the parameters."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, (make, peer, make_peer) in ON_BLOCKS.items():
+            ours, theirs = make(of_block(dtype)), make_peer(of_block(dtype))
+            a, b = interleaved(ours.step, theirs.step)
+            held = [peak_bytes(o.step) / 2**20 for o in (ours, theirs)]
+            states = [state_bytes(o) / 2**20 for o in (ours, theirs)]
+            note = f"state {states[0]:.1f} MiB beside {states[1]:.1f}; peak of a step {held[0]:.1f} MiB beside {held[1]:.1f}"
+            row = {
+                "name": f"{name}, a block of GPT-2 small, {str(dtype).partition('.')[2]}",
+                "ours": name,
+                "peer": peer,
+            }
+            rows.append(row | {"seconds_ours": a, "seconds_peer": b, "ratio": a / b, "note": note})
+    return rows
+
+
+def of_block(dtype: torch.dtype) -> list[nn.Parameter]:
+    g = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in BLOCK]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=g).to(dtype)
+    return params
 
 
 def growth() -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pondera.linalg import haar
+from pondera.linalg import haar, newton_schulz
 from pondera.linalg.orthogonal import _by_cholesky
 
 
@@ -35,3 +35,16 @@ def test_the_cheap_way_is_taken_where_it_is_exact():
 def test_half_precision_is_drawn_in_single():
     q = haar(256, 64, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
     assert torch.equal(q, haar(256, 64, generator=torch.Generator().manual_seed(0)).bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4), (2, 4, 3), (2, 3, 3, 5)])
+def test_newton_schulz_is_its_polynomial(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    U, S, V = torch.linalg.svd(x, full_matrices=False)
+    S = S / S.square().sum(-1, keepdim=True).sqrt()
+    for _ in range(5):
+        S = a * S + b * S**3 + c * S**5
+    found = newton_schulz(x, dtype=None)
+    assert found.shape == x.shape
+    assert torch.allclose(found, U * S.unsqueeze(-2) @ V, atol=1e-6)  # of its small addend

@@ -237,12 +237,3 @@ def test_bad_settings_are_one_sentence_in_defaults_and_groups(method, bad, words
 def test_bad_settings_of_the_rest(method, bad, words):
     with pytest.raises(BadInput, match=f"{method.__name__} {words}"):
         method([nn.Parameter(torch.zeros(2, 2))], **bad)
-
-
-@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4)])
-def test_the_iteration_is_linalgs(shape):
-    from pondera.linalg import newton_schulz
-    from pondera.optim._iteration import iterate
-
-    U = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert torch.allclose(iterate(U, 5, None), newton_schulz(U, dtype=None), atol=1e-12)

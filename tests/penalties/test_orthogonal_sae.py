@@ -146,3 +146,13 @@ def test_refusals(call, words):
 def test_is_a_module():
     assert isinstance(SparseAutoencoder(2, 3, 1), nn.Module)
     assert "k=1" in repr(SparseAutoencoder(2, 3, 1))
+
+
+def test_of_a_model_its_decoder_is_taken():
+    sae = SparseAutoencoder(6, 10, 2)
+    assert orthogonal_decoder(sae) == orthogonal_decoder(sae.decoder)
+    other = torch.nn.Module()
+    other.decoder = torch.nn.Linear(10, 6)
+    assert orthogonal_decoder(other) == orthogonal_decoder(other.decoder.weight.T)
+    with pytest.raises(BadInput, match="a model whose decoder is one or an nn.Linear, got a Linear"):
+        orthogonal_decoder(torch.nn.Linear(3, 4))

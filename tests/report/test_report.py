@@ -434,6 +434,8 @@ def assert_same(recipe: Recipe, schedule: str = "cosine", rate: float = 0.01) ->
         "penalty=norm_loss(factor=0.5,target=2.0)+optim=SGD(momentum=0.9)",
         "optim=Adam(betas=(0.8,0.9))",
         "init=torch.nn.init:xavier_uniform_",
+        "layer=Btt(rank=2)",
+        "layer=Monarch(only='0',scaled=False)+init=structured_start",
     ],
 )
 def test_snippet_trains_as_the_lab_did(recipe: str, schedule: str) -> None:

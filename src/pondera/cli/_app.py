@@ -162,12 +162,16 @@ def compare(
     task: Annotated[
         str,
         typer.Argument(
-            help="A built-in task (digits, mnist, deep, code, photo, audio, graph, shift, minilm, gpt, wine, cancer, noisy) or a task "
-            "file's path."
+            help="A built-in task (digits, mnist, deep, code, photo, audio, graph, shift, minilm, gpt, wine, cancer, noisy, continual, "
+            "longtail, sae, fit, arithmetic, bodies, burgers, sequence) or a task file's path."
         ),
     ],
     recipes: Annotated[
         list[str] | None, typer.Argument(help='Recipes: "init=lsuv+optim=NorMuon", or "label: init=zero".')
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(help='Also compare this layer in the place of linear ones, "Btt(rank=2)"; repeatable.'),
     ] = None,
     init: Annotated[list[str] | None, typer.Option(help="Also compare this start; repeatable.")] = None,
     parametrize: Annotated[
@@ -212,6 +216,7 @@ def compare(
     """
     given = ["", *(recipes or [])]
     chosen_by_room = {
+        "layer": layer,
         "init": init,
         "parametrize": parametrize,
         "adapter": adapter,

@@ -43,10 +43,12 @@ def snippet(
         optimizer.step()
     """
     held, moved = recipe.choice("parametrize"), recipe.choice("optim") or parse_choice("optim", optim)
-    start, adapter = recipe.choice("init"), recipe.choice("adapter")
-    optimizers = _optimizers(moved, rate)
+    start, adapter, layer = recipe.choice("init"), recipe.choice("adapter"), recipe.choice("layer")
+    scaled = layer is not None and layer.kwargs.get("scaled", True) and hasattr(layer.resolve(), "rates")
+    optimizers = _optimizers(moved, rate, scaled)
     many = len(optimizers) > 1
     blocks = [
+        _swap(layer) if layer else [],
         _batch_note([c for c in (start, held) if c]),
         _start(start) if start else [],
         _hold(held) if held else [],
@@ -61,6 +63,7 @@ def snippet(
         {_address(c)[0] for c in (*recipe.choices(), moved)}
         | ({"peft"} if adapter else set())
         | ({"pondera.optim"} if "pondera.optim." in body else set())
+        | ({"pondera.nn"} if "pondera.nn." in body else set())
     )
     lines = {f"import {module}" for module in used if not module.startswith("torch.")}
     lines |= {"import torch"} if "torch." in body else set()
@@ -107,6 +110,11 @@ def _start(choice: Choice) -> list[str]:
     ]
 
 
+def _swap(choice: Choice) -> list[str]:
+    told = [f"{k}={_literal(v)}" for k, v in choice.args if k != "scaled"]
+    return [f"pondera.nn.swap_linear({', '.join(['model', '.'.join(_address(choice)), *told])})"]
+
+
 def _hold(choice: Choice) -> list[str]:
     method = choice.resolve()
     if isinstance(method, type) and issubclass(method, nn.Module):
@@ -128,7 +136,7 @@ def _adapt(choice: Choice, adapt: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _optimizers(choice: Choice, rate: float) -> list[list[str]]:
+def _optimizers(choice: Choice, rate: float, scaled: bool = False) -> list[list[str]]:
     method, lr = choice.resolve(), f"lr={rate:.4g}"
     if method is getattr(torch.optim, "Muon", None):
         from pondera.optim._groups import VECTOR_RATE_RATIO
@@ -144,8 +152,13 @@ def _optimizers(choice: Choice, rate: float) -> list[list[str]]:
             ],
             [f"adamw = torch.optim.AdamW(others, lr={rate * VECTOR_RATE_RATIO:.4g}, weight_decay=0.0)"],
         ]
-    matrix = getattr(method, "matrix_method", False)
-    return [[f"optimizer = {_call(choice, 'pondera.optim.groups(model)' if matrix else 'model.parameters()', lr)}"]]
+    if getattr(method, "wants_model", False):
+        params = "model"
+    elif getattr(method, "matrix_method", False):
+        params = "pondera.optim.groups(model)"
+    else:
+        params = f"pondera.nn.rate_groups(model, {lr})" if scaled else "model.parameters()"
+    return [[f"optimizer = {_call(choice, params, lr)}"]]
 
 
 def _steering(steps: int, many: bool) -> list[str]:

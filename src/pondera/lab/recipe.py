@@ -21,9 +21,9 @@ from pondera.lab.space import Axis, Log, OneOf, Point, Space, Uniform, make
 
 ROOMS = ("layer", "init", "parametrize", "adapter", "compress", "penalty", "optim")
 _DOORS: dict[str, tuple[str, ...]] = {  # where a room's names are looked up, in this order
-    "layer": (),
+    "layer": ("pondera.nn",),
     "compress": (),
-    "init": ("pondera.init", "torch.nn.init"),
+    "init": ("pondera.init", "torch.nn.init", "pondera.nn"),  # the last for the starts of its own layers
     "parametrize": ("pondera.parametrize", "torch.nn.utils.parametrizations"),
     "adapter": ("pondera.adapters", "peft"),
     "penalty": ("pondera.penalties",),
@@ -36,7 +36,9 @@ _SHARED = {  # what a recipe applies a room's methods with, whoever wrote them
     "init": "pondera._weights",
     "parametrize": "pondera._weights",
     "optim": "pondera.optim._groups",
+    "layer": "pondera.nn.swap",
 }
+_OF_SWAP = ("only", "head", "match", "scaled")  # arguments of layer= that say where layers go, not what they are
 DEFAULT_FACTOR = 0.01
 
 
@@ -77,6 +79,8 @@ class Choice:
         settable = [
             p for p in known if p not in ("self", "params", "lr", "batch", "generator", "model", "weight", "target")
         ]
+        if self.room == "layer":
+            settable = [p for p in list(known)[2:] if p not in ("self", "bias", "device", "dtype")] + [*_OF_SWAP]
         if self.room == "penalty":
             settable = [p for p in known if p not in ("self", "weight", "model")] + ["factor"]
         if any(p.kind is p.VAR_KEYWORD for p in known.values()):
@@ -109,7 +113,10 @@ class Recipe:
             so it is not an argument.
         salt: shifts the draw of the weights while the data order stays; for A/A tests of the comparison itself.
         label: the name in tables; by default the choices themselves.
-        layer, compress: rooms of their own, without a method yet.
+        layer: of `pondera.nn`, in the place of the model's linear layers but the head: ``"Btt(rank=2)"``; ``only='blocks.*'``,
+            ``head=True`` and ``match='parameters'`` are those of `pondera.nn.swap_linear`. Where the layers say how their
+            rates scale, the optimizer follows it; ``scaled=False`` leaves that out.
+        compress: a room of its own, without a method yet.
     An argument may be searched along with the learning rate: ``"AdamW(weight_decay=log(1e-3,1))"``, ``"Lora(r=choice(4,8))"``,
     ``"SGD(momentum=uniform(0.5,0.99))"``; every recipe of a comparison gets the same number of trials all the same.
     A method of your own is named ``module:object`` where Python can import it. Reading such a recipe imports the module,
@@ -213,6 +220,13 @@ class Recipe:
         batch: inputs for data-driven starts. material: gives what else a start must have (a teacher, the signal to
         fit) by the name of its parameter. adapt: what an adapter is told besides its own arguments.
         """
+        layer = self.choice("layer")
+        if layer is not None:
+            from pondera.nn import swap_linear
+
+            settings = layer.kwargs
+            settings.pop("scaled", None)
+            swap_linear(model, layer.resolve(), **settings)  # drawn by torch's global generator, as the model was
         init = self.choice("init")
         if init is not None:
             _call_start(init, model, batch, generator, material)
@@ -268,6 +282,10 @@ class Recipe:
             from pondera.optim import groups
 
             params = groups(model)
+        elif (layer := self.choice("layer")) is not None and layer.kwargs.get("scaled", True):
+            from pondera.nn import rate_groups
+
+            params = rate_groups(model, rate)
         return [method(params, lr=rate, **choice.kwargs)]
 
 
@@ -384,6 +402,8 @@ def _fits(room: str, public: str, value: Any) -> bool:
         )
     if room == "optim":
         return _is_class(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer and _takes_params(value)
+    if room == "layer":
+        return _is_class(value, nn.Module) and _stands_for_linear(value)
     if isinstance(value, type):
         return room == "parametrize" and issubclass(value, nn.Module) and hasattr(value, "right_inverse")
     if not inspect.isfunction(value):
@@ -392,7 +412,7 @@ def _fits(room: str, public: str, value: Any) -> bool:
     if room == "parametrize":
         return first.name == "module" or any(p.name == "batch" for p in others)
     alone = all(p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in others)
-    return first.name in ("weight", "model") and alone and not public.endswith("_")
+    return first.name in ("weight", "model", "decoder") and alone and not public.endswith("_")
 
 
 def _named(room: str, name: str) -> Callable[..., Any]:
@@ -412,6 +432,9 @@ def _named(room: str, name: str) -> Callable[..., Any]:
         raise BadInput(f"{room}={name} comes from Python's standard library, which has no {room} method")
     if room == "optim":
         fits, kind = _is_class(found, torch.optim.Optimizer), "a subclass of torch.optim.Optimizer"
+    elif room == "layer":
+        fits = _is_class(found, nn.Module) and _stands_for_linear(found)
+        kind = "a subclass of nn.Module that is made of (in_features, out_features)"
     elif room == "adapter":
         fits, kind = _is_class(found, _open(room, "peft").PeftConfig), "a subclass of peft.PeftConfig"
     elif room in ("init", "penalty"):
@@ -431,10 +454,18 @@ def _of_python(module: str) -> bool:
 
 
 def _takes_params(method: type) -> bool:
-    """Whether an optimizer is made of parameters and a rate: none that wraps another, or needs the model."""
+    """Whether an optimizer is made of parameters and a rate, or of the model where it says so: none that wraps another."""
+    if getattr(method, "wants_model", False):
+        return True
     first, *others = inspect.signature(method).parameters.values()
     free = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return first.name == "params" and all(p.default is not p.empty or p.name == "lr" or p.kind in free for p in others)
+
+
+def _stands_for_linear(method: type) -> bool:
+    """Whether a layer is made of two sizes and what may be left out or told."""
+    takes = list(inspect.signature(method).parameters)
+    return takes[:2] == ["in_features", "out_features"]
 
 
 def _is_class(value: Any, kind: type) -> bool:

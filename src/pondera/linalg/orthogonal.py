@@ -103,8 +103,11 @@ def newton_schulz(
     tall = y.shape[-2] > y.shape[-1]
     if tall:
         y = y.mT
-    y = y / (y.norm(dim=(-2, -1), keepdim=True) + eps)
+    batch = y.shape[:-2]
+    y = y / ((y.norm(dim=(-2, -1), keepdim=True) if batch else y.norm()) + eps)
+    y, add = (y.flatten(0, -3), torch.baddbmm) if batch else (y, torch.addmm)  # sums inside the products, as Muon's
     for _ in range(steps):
         gram = y @ y.mT
-        y = a * y + (b * gram + c * gram @ gram) @ y
+        y = add(y, add(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    y = y.unflatten(0, batch) if batch else y
     return (y.mT if tall else y).to(x.dtype)

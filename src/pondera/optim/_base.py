@@ -39,6 +39,7 @@ class MatrixOptimizer(Optimizer):
 
     matrix_method = True  # wants groups(model) where there is a model to split
     needs_gradient = False  # whether `_direction` reads the gradient beside the momentum
+    precise = False  # whether what `_direction` keeps in `state` has float32 at least, whatever the weights have
     elementwise = False  # whether `_direction` takes any layout and shard as it is, so that nothing need be gathered
 
     def __init__(self, params: Any, defaults: Group, rest: Rest = None) -> None:
@@ -59,6 +60,21 @@ class MatrixOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"rest": getattr(self, "rest", None), "ranks": getattr(self, "ranks", None), **state})
         self._others, self._buffers = {}, {}
+
+    def load_state_dict(self, state_dict: Group) -> None:
+        """As in torch.optim, but for what a method keeps of a matrix beside its momentum: whole numbers stay as they were saved,
+        and of a `precise` method so does the rest; torch casts all of it to the parameter's dtype."""
+        super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for p, name in zip(group["params"], saved["params"], strict=True):
+                if not group["matrix"] or p.ndim < 2:
+                    continue
+                for key, value in state_dict["state"].get(name, {}).items():
+                    if not isinstance(value, Tensor) or value.ndim == 0 or key == "momentum_buffer":
+                        continue
+                    if self.precise or not value.is_floating_point():
+                        dtype = accurate(p.dtype) if value.is_floating_point() else value.dtype
+                        self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
 
     def _check(self, group: Group) -> None:
         """Raise BadInput for a setting out of range; a subclass adds its own."""
@@ -281,6 +297,10 @@ def _global_rank(group: Any, rank: int) -> int:
     return rank if group is None or group is dist.group.WORLD else dist.get_global_rank(group, rank)
 
 
+def accurate(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 # -- layouts ----------------------------------------------------------------------------------------------------------
 
 
@@ -379,6 +399,11 @@ def require_finite(params: list[Tensor], who: str) -> None:
                 f"{who} needs finite gradients, got NaN or infinity for a parameter of shape {tuple(p.shape)}; nothing was "
                 "moved: look for the step that diverged, lower the rate, or scale half-precision losses by a GradScaler"
             )
+
+
+def settings_of_the_rest(ratio: float, betas: tuple[float, float], eps: float, decay: float) -> Group:
+    """What a group says of the parameters that are no matrices, as the methods' own arguments give it."""
+    return {"vector_lr_ratio": ratio, "betas": betas, "vector_eps": eps, "vector_weight_decay": decay}
 
 
 def in_range(who: str, name: str, value: Any, low: float, below: float = math.inf, *, open_low: bool = False) -> None:

@@ -1,37 +1,16 @@
 """What the optimizers with two Kronecker factors a matrix share: precision of the factors, blocks, the count of steps."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from pondera.optim._base import MatrixOptimizer, State
 
 
 class FactoredOptimizer(MatrixOptimizer):
-    """A matrix optimizer whose state beside momentum stays in float32 (float64) when the weights are of fewer bits.
+    """A matrix optimizer that reads the raw gradient and keeps its factors in float32 (float64)."""
 
-    torch casts all state to the parameter's dtype when it is loaded; factors of bfloat16 weights would not come back bit
-    for bit, nor would packed integers.
-    """
-
-    needs_gradient = True
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for p, name in zip(group["params"], saved["params"], strict=True):
-                if not group["matrix"] or p.ndim < 2:
-                    continue
-                for key, value in state_dict["state"].get(name, {}).items():
-                    if isinstance(value, Tensor) and value.ndim and key != "momentum_buffer":
-                        dtype = accurate(p.dtype) if value.is_floating_point() else value.dtype
-                        self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
-
-
-def accurate(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    needs_gradient = precise = True
 
 
 def counted(state: State) -> int:

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pondera.errors import BadInput
+from pondera.linalg import newton_schulz
 from pondera.optim._base import Group, whole_number
 
 # whether this CPU multiplies matrices of bfloat16 by instructions of its own
@@ -22,23 +23,7 @@ def check_iteration(who: str, group: Group) -> None:
 
 def orthogonalised(U: Float[Tensor, "m n"], group: Group) -> Float[Tensor, "m n"]:
     """Newton-Schulz's result for U after `ns_steps`, in the precision `ns_dtype` asks for (None: see `precision`)."""
-    return iterate(U, group["ns_steps"], group["ns_dtype"] or precision(U))
-
-
-def iterate(U: Float[Tensor, "m n"], steps: int, dtype: torch.dtype | None) -> Float[Tensor, "m n"]:
-    """`pondera.linalg.newton_schulz` of one matrix with sums inside its products, as torch.optim.Muon takes them.
-
-    It saves two passes a step, and in half precision rounds as torch's does.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    X = U if dtype is None else U.to(dtype)
-    tall = len(X) > X.shape[1]
-    X = X.mT if tall else X
-    X = X / (X.norm() + 1e-7)
-    for _ in range(steps):
-        A = X @ X.mT
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return (X.mT if tall else X).to(U.dtype)
+    return newton_schulz(U, steps=group["ns_steps"], dtype=group["ns_dtype"] or precision(U))
 
 
 def precision(U: Tensor) -> torch.dtype:

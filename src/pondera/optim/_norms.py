@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pondera.errors import BadInput, nearest, require_finite, require_matrix
-from pondera.linalg import polar
+from pondera.linalg import newton_schulz, polar
 from pondera.optim._base import Group, MatrixOptimizer, Scaled, State, is_sharded
-from pondera.optim._iteration import check_iteration, iterate, orthogonalised
+from pondera.optim._iteration import check_iteration, orthogonalised
 
 NORMS = ("spectral", "frobenius", "max", "row", "column")
 WHOLE = ("max", "frobenius")  # norms of any vector, of all parameters together as of one matrix
@@ -55,7 +55,7 @@ def dual_map(
     require_finite(require_matrix(G, "dual_map", "matrix"), "dual_map", "matrix")
     if norm == "spectral" and ns_steps is not None:
         check_iteration("dual_map", {"ns_steps": ns_steps, "ns_dtype": ns_dtype})
-        return iterate(G, ns_steps, ns_dtype)
+        return newton_schulz(G, steps=ns_steps, dtype=ns_dtype)
     return exact(G, norm)
 
 
@@ -159,7 +159,3 @@ class NormOptimizer(MatrixOptimizer):
 def here(x: Tensor) -> Tensor:
     """A number as a plain tensor, of a DTensor's parts too."""
     return x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
-
-
-def settings_of_the_rest(ratio: float, betas: tuple[float, float], eps: float, decay: float) -> Group:
-    return {"vector_lr_ratio": ratio, "betas": betas, "vector_eps": eps, "vector_weight_decay": decay}

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from pondera.errors import BadInput
-from pondera.optim._base import Group, MatrixOptimizer, Rest, Scaled, State, in_range, is_sharded
+from pondera.optim._base import Group, MatrixOptimizer, Rest, Scaled, State, in_range, is_sharded, settings_of_the_rest
 from pondera.optim._iteration import check_iteration, orthogonalised
 
 SCALINGS = ("reference", "paper")
@@ -72,8 +72,8 @@ class AuON(MatrixOptimizer):
         rest: Rest = None,
     ) -> None:
         own: Group = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "gamma": gamma, "scaling": scaling}
-        adamw = {"vector_lr_ratio": vector_lr_ratio, "betas": betas, "vector_eps": vector_eps}
-        super().__init__(params, own | adamw | {"vector_weight_decay": vector_weight_decay}, rest)
+        of_rest = settings_of_the_rest(vector_lr_ratio, betas, vector_eps, vector_weight_decay)
+        super().__init__(params, own | of_rest, rest)
 
     def _check(self, group: Group) -> None:
         super()._check(group)
@@ -132,9 +132,8 @@ class HybridAuON(MatrixOptimizer):
         rest: Rest = None,
     ) -> None:
         own: Group = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "gamma": gamma}
-        adamw = {"vector_lr_ratio": vector_lr_ratio, "betas": betas, "vector_eps": vector_eps}
-        adamw |= {"vector_weight_decay": vector_weight_decay}
-        super().__init__(params, own | adamw | {"ns_steps": ns_steps, "ns_dtype": ns_dtype}, rest)
+        of_rest = settings_of_the_rest(vector_lr_ratio, betas, vector_eps, vector_weight_decay)
+        super().__init__(params, own | of_rest | {"ns_steps": ns_steps, "ns_dtype": ns_dtype}, rest)
 
     def _check(self, group: Group) -> None:
         super()._check(group)

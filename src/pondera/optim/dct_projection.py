@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from pondera.errors import BadInput
 from pondera.linalg import dct, dct_matrix
-from pondera.optim._base import Group, MatrixOptimizer, Rest, State, in_range, whole_number
+from pondera.optim._base import Group, MatrixOptimizer, Rest, State, in_range, settings_of_the_rest, whole_number
 
 
 class DCTAdamW(MatrixOptimizer):
@@ -81,9 +81,9 @@ class DCTAdamW(MatrixOptimizer):
     ) -> None:
         own: Group = {"lr": lr, "rank": rank, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         own |= {"update_proj_gap": update_proj_gap, "norm": norm, "error_feedback": error_feedback}
-        adamw = {"vector_lr_ratio": vector_lr_ratio, "vector_eps": vector_eps}
+        of_rest = settings_of_the_rest(vector_lr_ratio, betas, vector_eps, vector_weight_decay)
         self._bases: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
-        super().__init__(params, own | adamw | {"vector_weight_decay": vector_weight_decay}, rest)
+        super().__init__(params, own | of_rest, rest)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -96,15 +96,6 @@ class DCTAdamW(MatrixOptimizer):
         in_range("DCTAdamW", "eps", group["eps"], 0)
         if group["norm"] not in (1, 2):
             raise BadInput(f"DCTAdamW knows the norms 1 and 2, got {group['norm']!r}")
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.optim; indices stay whole numbers, which torch would round to the parameter's dtype."""
-        super().load_state_dict(state_dict)
-        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-        for i, p in zip(ids, (p for g in self.param_groups for p in g["params"]), strict=True):
-            columns = state_dict["state"].get(i, {}).get("columns")
-            if columns is not None:
-                self.state[p]["columns"] = columns.to(p.device, torch.int32, copy=True)
 
     def _direction(
         self, update: Float[Tensor, "m n"], gradient: Tensor | None, state: State, group: Group

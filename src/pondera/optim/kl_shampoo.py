@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from pondera.errors import BadInput, describe, require_finite
-from pondera.optim._base import Group, Rest, State, in_range, whole_number
-from pondera.optim._factors import FactoredOptimizer, accurate, counted
+from pondera.optim._base import Group, Rest, State, accurate, in_range, settings_of_the_rest, whole_number
+from pondera.optim._factors import FactoredOptimizer, counted
 
 MOST = 4000  # no inverse root of an eigenvalue grows beyond this (reference code)
 
@@ -87,8 +87,8 @@ class KLShampoo(FactoredOptimizer):
     ) -> None:
         own: Group = {"lr": lr, "momentum": momentum, "nesterov": False, "beta2": beta2, "eps": eps, "start": start}
         own |= {"basis_every": basis_every, "weight_decay": weight_decay}
-        adamw = {"vector_lr_ratio": vector_lr_ratio, "betas": betas, "vector_eps": vector_eps}
-        super().__init__(params, own | adamw | {"vector_weight_decay": vector_weight_decay}, rest)
+        of_rest = settings_of_the_rest(vector_lr_ratio, betas, vector_eps, vector_weight_decay)
+        super().__init__(params, own | of_rest, rest)
 
     def _check(self, group: Group) -> None:
         super()._check(group)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pondera.errors import BadInput
-from pondera.optim._base import Group, in_range, with_gradient
+from pondera.optim._base import Group, in_range, require_finite, with_gradient
 from pondera.optim._loss import inner, total, wide
 
 
@@ -42,7 +42,8 @@ class Layca(Optimizer):
         lr: rho (3^-3; rates of 3^-5 to 3^-3 with decay reach a full rotation in the paper's runs, which are long). A group
             whose rate is not the wrapped optimizer's default keeps its ratio to it.
     Raises: BadInput: for what is not an optimizer, a rate out of range, no kernel, a kernel of zeros (it has no direction)
-        or of numbers that are not finite; in `step` for a sparse gradient or a complex parameter.
+        or of numbers that are not finite; in `step` for a sparse gradient, a complex parameter, or
+        gradients with NaN or infinity; nothing has moved then.
     Paper: Carbonnelle & De Vleeschouwer 2018, arXiv 1806.01603. Code: github.com/ispgroupucl/layer-rotation-tools (Keras),
         which trains kernels alone and leaves biases and norms as they were at the start ("This did not affect performance
         in our experiments"); to have that, give the wrapped optimizer the kernels alone. It multiplies a momentum step by
@@ -108,6 +109,7 @@ class Layca(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         moved = [with_gradient(group["params"], "Layca") for group in self.param_groups]
+        require_finite([p for params in moved for p in params], "Layca")
         turning = [(g, g["lr"], params) for g, params in zip(self.param_groups, moved, strict=True) if g["rotates"]]
         before = [[p.clone() for p in params] for _, _, params in turning]
         try:

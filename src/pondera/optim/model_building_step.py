@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from pondera.errors import BadInput
-from pondera.optim._base import Group, in_range, whole_number, with_gradient
+from pondera.optim._base import Group, in_range, require_finite, whole_number, with_gradient
 from pondera.optim._loss import a_loss, inner, squares, total, wide
 from pondera.optim.decoupled_decay import alike
 
@@ -57,7 +57,7 @@ class SMB(Optimizer):
             an epoch).
         gamma: that share (0.05: reference code).
     Raises: BadInput: for a setting out of range; in `step` without a closure, for a loss that is not one finite number, a
-        sparse gradient or a complex parameter.
+        sparse gradient, a complex parameter, or gradients with NaN or infinity where the step begins; nothing moves then.
     Paper: Birbil, Martin, Onay, Oztoprak 2021 (authors recalled), arXiv 2111.07058. Code: github.com/sibirbil/SMB. For one
         group we agree with it. For several, it tries one group after the other, an evaluation each, against the loss at the
         start; we try all at once. A tensor with a zero gradient makes it divide zero by zero; ours stays. Its variant that
@@ -117,6 +117,7 @@ class SMB(Optimizer):
         self.last_step = "none"
         if not before:
             return loss
+        require_finite([p for _, params, _, _ in before for p in params], "SMB")
         there = f.device
         lengths = [squares(g).to(there) for _, _, g, _ in before]  # type: ignore[arg-type]
         expected = sum(float(o["c"] * o["lr"]) * n for (o, *_), n in zip(before, lengths, strict=True))

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from pondera.errors import BadInput
-from pondera.optim._base import Group, Rest, Scaled
+from pondera.optim._base import Group, Rest, Scaled, settings_of_the_rest
 from pondera.optim._groups import VECTOR_RATE_RATIO, groups
-from pondera.optim._norms import WHOLE, NormOptimizer, at_least_float32, here, settings_of_the_rest
+from pondera.optim._norms import WHOLE, NormOptimizer, at_least_float32, here
 
 FACTORS = (None, "layer", "network")
 SCALES = (None, "rms")

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from pondera.errors import BadInput
-from pondera.optim._base import Group, MatrixOptimizer, Rest, Scaled, State, in_range
+from pondera.optim._base import Group, MatrixOptimizer, Rest, Scaled, State, in_range, settings_of_the_rest
 from pondera.optim._groups import VECTOR_RATE_RATIO
 from pondera.optim._iteration import check_iteration, orthogonalised
 
@@ -87,8 +87,8 @@ class NorMuon(MatrixOptimizer):
             vector_lr_ratio = 1.0 if scaling == "paper" else VECTOR_RATE_RATIO
         own: Group = {"lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay, "eps": eps}
         own |= {"scaling": scaling, "ns_steps": ns_steps, "ns_dtype": ns_dtype}
-        adamw = {"vector_lr_ratio": vector_lr_ratio, "betas": betas, "vector_eps": vector_eps}
-        super().__init__(params, own | adamw | {"vector_weight_decay": vector_weight_decay}, rest)
+        of_rest = settings_of_the_rest(vector_lr_ratio, betas, vector_eps, vector_weight_decay)
+        super().__init__(params, own | of_rest, rest)
 
     def _check(self, group: Group) -> None:
         super()._check(group)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from pondera.errors import BadInput
-from pondera.optim._base import Group, in_range, with_gradient
+from pondera.optim._base import Group, in_range, require_finite, with_gradient
 from pondera.optim._loss import a_loss, inner, squares, total
 from pondera.optim.decoupled_decay import alike
 
@@ -58,8 +58,8 @@ class PolyakMomentum(Optimizer):
         c: divides the step (1: the same); larger is more careful.
         rule: "mag" or "hb".
     Raises: BadInput: for a setting out of range, groups that differ in `lower_bound`, `c` or `rule`; in `step` without a
-        loss, for one that is not a single finite number (on a GPU NaN passes into the weights, to save a wait), a sparse
-        gradient or a complex parameter.
+        loss, for one that is not a single number or (on a CPU) not finite, a sparse gradient, a complex parameter, or
+        gradients with NaN or infinity; nothing has moved then.
     Paper: Wang, Johansson, Zhang 2023, arXiv 2305.12939. No code of the authors was found. "mag" agrees with Schaipp's
         independent AlrSmag, which has the decay too; the heavy ball's formula is derived from the bound, and where c and
         the cap stand in it is recalled. AlrSmag moves by one group's step and starts all buffers in the first step.
@@ -127,6 +127,7 @@ class PolyakMomentum(Optimizer):
         moving = [(g, params) for g in self.param_groups if (params := with_gradient(g["params"], "PolyakMomentum"))]
         if not moving:
             return loss
+        require_finite([p for _, params in moving for p in params], "PolyakMomentum")
         first = moving[0][0]
         heavy_ball = first["rule"] == "hb"
         kinds = [(g, kind, [self._buffer(p) for p in kind]) for g, params in moving for kind in alike(params)]

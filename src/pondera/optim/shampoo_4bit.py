@@ -8,8 +8,8 @@ from torch.optim.optimizer import ParamsT
 
 from pondera.errors import BadInput
 from pondera.linalg.matrix_roots import raised
-from pondera.optim._base import Group, Rest, State, in_range, whole_number
-from pondera.optim._factors import FactoredOptimizer, accurate, blocks, counted
+from pondera.optim._base import Group, Rest, State, accurate, in_range, settings_of_the_rest, whole_number
+from pondera.optim._factors import FactoredOptimizer, blocks, counted
 
 MAPS = ("linear-2", "linear", "dynamic")
 ENTRIES = 64  # quantised with one scale, along a row (reference code)
@@ -95,8 +95,8 @@ class Shampoo4bit(FactoredOptimizer):
         own: Group = {"lr": lr, "momentum": momentum, "nesterov": False, "beta": beta, "eps": eps}
         own |= {"factor_every": factor_every, "root_every": root_every, "rectify": rectify, "quantizer": quantizer}
         own |= {"block_size": block_size, "least": least, "weight_decay": weight_decay}
-        adamw = {"vector_lr_ratio": vector_lr_ratio, "betas": betas, "vector_eps": vector_eps}
-        super().__init__(params, own | adamw | {"vector_weight_decay": vector_weight_decay}, rest)
+        of_rest = settings_of_the_rest(vector_lr_ratio, betas, vector_eps, vector_weight_decay)
+        super().__init__(params, own | of_rest, rest)
 
     def _check(self, group: Group) -> None:
         super()._check(group)

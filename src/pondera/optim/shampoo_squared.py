@@ -9,8 +9,8 @@ from torch.optim.optimizer import ParamsT
 
 from pondera.errors import BadInput, describe, require_finite
 from pondera.linalg import matrix_power
-from pondera.optim._base import Group, Rest, State, in_range, whole_number
-from pondera.optim._factors import FactoredOptimizer, accurate, blocks, counted
+from pondera.optim._base import Group, Rest, State, accurate, in_range, settings_of_the_rest, whole_number
+from pondera.optim._factors import FactoredOptimizer, blocks, counted
 
 GRAFTS = (None, "sgd", "adam")
 
@@ -83,9 +83,8 @@ class Shampoo(FactoredOptimizer):
     ) -> None:
         own: Group = {"lr": lr, "power": power, "momentum": momentum, "nesterov": False, "beta2": beta2, "eps": eps}
         own |= {"trace": trace, "graft": graft, "root_every": root_every, "block_size": block_size}
-        adamw = {"vector_lr_ratio": vector_lr_ratio, "betas": betas, "vector_eps": vector_eps}
-        adamw |= {"weight_decay": weight_decay, "vector_weight_decay": vector_weight_decay}
-        super().__init__(params, own | adamw, rest)
+        of_rest = settings_of_the_rest(vector_lr_ratio, betas, vector_eps, vector_weight_decay)
+        super().__init__(params, own | of_rest | {"weight_decay": weight_decay}, rest)
 
     def _check(self, group: Group) -> None:
         super()._check(group)

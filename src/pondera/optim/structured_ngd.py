@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
-from pondera.errors import BadInput, nearest
-from pondera.optim._base import Group, in_range, is_sharded, two_betas, whole_number, with_gradient
+from pondera.errors import BadInput, NotFinite, nearest
+from pondera.optim._base import Group, in_range, is_sharded, require_finite, two_betas, whole_number, with_gradient
 from pondera.optim._structures import STRUCTURES, Structure
 
 LOSS_AVERAGES = ("batch", "batch+sequence", None)
@@ -67,7 +67,8 @@ class StructuredNGD(Optimizer):
         vector_lr_ratio: AdamW's rate over lr, for the rest (0.1: ours).
         betas, vector_eps, vector_weight_decay: AdamW's own ((0.9, 0.999), 1e-8, 0).
     Raises: BadInput: for a setting out of range, a model that is none, weight and bias of a layer in different groups; in
-        `step` for a sparse gradient, a sharded or complex parameter, or gradients a GradScaler has unscaled beforehand.
+        `step`, before anything has moved, for a sparse gradient, a sharded or complex parameter, gradients with NaN or
+        infinity, or such as a GradScaler has unscaled beforehand.
     Paper: Lin et al. 2023, arXiv 2302.09738 (dense); Lin et al. 2024, arXiv 2312.05705 (structures). Code:
         github.com/f-dangel/singd, followed throughout (its "expand" for layers used at several places). That of the first
         paper, github.com/yorkerlin/StructuredNGD-DL, has a hidden warm-up of beta_1, which is 2e-4 for 100 steps and
@@ -249,6 +250,11 @@ class StructuredNGD(Optimizer):
             self._fresh.clear()
             return loss
         moved = {p for g in self.param_groups for p in with_gradient(g["params"], "StructuredNGD")}
+        try:
+            require_finite(list(moved), "StructuredNGD")
+        except NotFinite:
+            self._fresh.clear()
+            raise
         if any(is_sharded(p) for p in moved):
             raise BadInput(
                 "StructuredNGD needs whole parameters, got a sharded one (DTensor); use DistributedDataParallel"

@@ -5,9 +5,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from pondera.errors import BadInput
-from pondera.optim._base import Group, Rest, State
+from pondera.optim._base import Group, Rest, State, settings_of_the_rest
 from pondera.optim._groups import VECTOR_RATE_RATIO
-from pondera.optim._norms import NormOptimizer, settings_of_the_rest
+from pondera.optim._norms import NormOptimizer
 
 SCALES = (None, "original", "match_rms_adamw")
 STARTS = ("gradient", "zero")

@@ -8,7 +8,7 @@ from pondera.errors import BadInput, describe, require_float, require_matrix
 
 
 def orthogonal_decoder(
-    decoder: Float[Tensor, "features d"],
+    decoder: Float[Tensor, "features d"] | nn.Module,
     *,
     chunk: int = 8192,
     order: Int[Tensor, " features"] | None = None,
@@ -24,7 +24,8 @@ def orthogonal_decoder(
     differentiated. Opposite features do not count. Lengths do not matter.
 
     Args:
-        decoder: a feature's direction a row.
+        decoder: a feature's direction a row; or a model with a `decoder`, which is such a matrix or an `nn.Linear` whose columns
+            they are.
         chunk: c, how many features are compared with each other; 8192 in the paper (recalled). The last chunk may be
             smaller; a feature alone in its chunk counts 0.
         order: features in the order they are cut into chunks; by default drawn, where there is more than one chunk.
@@ -32,7 +33,8 @@ def orthogonal_decoder(
     Returns: a scalar in the decoder's dtype (cosines are taken in float32 at least), 0 exactly where no two features of a chunk
         lie at less than a right angle: for all pairs that takes at most 2 d features, and orthogonal ones, or their opposites,
         do it. Equal nearest neighbours: the gradient is that of one of them.
-    Raises: BadInput: if decoder is no floating-point matrix with entries, chunk is below 2, or order is no permutation.
+    Raises: BadInput: if a model has no such decoder, decoder is no floating-point matrix with entries, chunk is below 2, or
+        order is no permutation.
     Paper: Korznikov et al. 2025, arXiv 2509.22033. No code was released; settings are recalled: factor 0.25 with the squared error,
         at every fifth step. A mean over features, so a smaller last chunk weighs no more.
 
@@ -41,6 +43,15 @@ def orthogonal_decoder(
     >>> orthogonal_decoder(torch.tensor([[1.0, 0.0], [3.0, 4.0], [-1.0, 0.0]]))  # 0.6, 0.6 and none
     tensor(0.2400)
     """
+    if isinstance(decoder, nn.Module):
+        held = getattr(decoder, "decoder", None)
+        held = held.weight.T if isinstance(held, nn.Linear) else held
+        if not isinstance(held, Tensor):
+            raise BadInput(
+                f"orthogonal_decoder needs a matrix of features, or a model whose decoder is one or an nn.Linear, got a "
+                f"{type(decoder).__name__}"
+            )
+        decoder = held
     require_matrix(decoder, "orthogonal_decoder", "decoder")
     if decoder.ndim != 2:
         raise BadInput(f"orthogonal_decoder needs a decoder of shape (features, d), got a {describe(decoder)}")
