@@ -12,10 +12,101 @@ from torch import nn
 import pondera.nn
 from pondera.errors import BadInput
 from pondera.nn import equivariance_error
+from pondera.nn.gaunt import harmonics
 
-LAYERS = {"Maxout": (lambda **kw: pondera.nn.Maxout(6, 4, 3, **kw), lambda: torch.randn(5, 6))}
-NO_HALF = set()  # need float32 at least, and refuse less in words
-KEEPS = set()  # keep their own precision under autocast, for they would be wrong in half
+
+def semi_structured(**kw):
+    deep = nn.Sequential(nn.Linear(6, 5, **kw), nn.Tanh(), nn.Linear(5, 2, **kw))
+    return pondera.nn.SemiStructured(nn.Linear(6, 2, **kw), deep)
+
+
+def on_blades(g, x):
+    return x @ pondera.nn.outermorphism(g).mT
+
+
+def on_harmonics(degree):
+    def act(g, x):
+        points = torch.randn(4 * (degree + 1) ** 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        Y, turned = harmonics(degree, points), harmonics(degree, points @ g.T)
+        return x @ torch.linalg.lstsq(Y, turned).solution
+
+    return act
+
+
+def if2net(**kw):
+    layer, (x, y) = pondera.nn.IF2Net(6, 3, 20, **kw), (torch.randn(8, 6), torch.arange(8) % 3)
+    return layer if layer.weight.is_meta else layer.fit_task(x.to(layer.weight), y)
+
+
+def t1(**kw):
+    """Its last map starts at zero, where nothing could be seen."""
+    net = pondera.nn.T1(2, 3, modes=(4, 3), size=(7, 6), width=5, layers=2, head=8, **kw)
+    nn.init.normal_(net.last.weight)
+    return net
+
+
+LAYERS = {
+    "BrauerLinear": (lambda **kw: pondera.nn.BrauerLinear("SO(3)", 2, 3, 3, 2, **kw), lambda: torch.randn(5, 3, 3, 3)),
+    "Btt": (lambda **kw: pondera.nn.Btt(12, 20, rank=2, normalize=True, **kw), lambda: torch.randn(5, 12)),
+    "FourierActivation": (lambda **kw: pondera.nn.FourierActivation(4, **kw), lambda: torch.randn(5, 6)),
+    "GauntTensorProduct": (lambda **kw: pondera.nn.GauntTensorProduct(3, 2, 2, **kw), lambda: torch.randn(5, 3, 9)),
+    "GeometricProduct": (lambda **kw: pondera.nn.GeometricProduct((3, 1), 3, **kw), lambda: torch.randn(5, 3, 16)),
+    "GhostBatchNorm1d": (
+        lambda **kw: pondera.nn.GhostBatchNorm1d(3, ghost_size=4, **kw),
+        lambda: torch.randn(10, 3, 5),
+    ),
+    "GhostBatchNorm2d": (
+        lambda **kw: pondera.nn.GhostBatchNorm2d(3, ghost_size=4, **kw),
+        lambda: torch.randn(10, 3, 2, 4),
+    ),
+    "GroupKAN": (lambda **kw: pondera.nn.GroupKAN(6, 4, groups=3, **kw), lambda: torch.randn(5, 6)),
+    "GroupRational": (lambda **kw: pondera.nn.GroupRational(groups=3, start="gelu", **kw), lambda: torch.randn(5, 6)),
+    "HermiteActivation": (lambda **kw: pondera.nn.HermiteActivation(4, **kw), lambda: torch.randn(5, 6)),
+    "HippoProphecy": (lambda **kw: pondera.nn.HippoProphecy(3, 8, **kw), lambda: torch.randn(3, 30, 2)),
+    "IF2Net": (lambda **kw: if2net(**kw), lambda: torch.randn(5, 6)),
+    "KAN": (lambda **kw: pondera.nn.KAN([3, 4, 2], **kw), lambda: torch.rand(5, 3) * 2 - 1),
+    "KANLinear": (lambda **kw: pondera.nn.KANLinear(6, 4, bias=True, **kw), lambda: torch.rand(5, 6) * 2 - 1),
+    "KATBlock": (lambda **kw: pondera.nn.KATBlock(8, 2, groups=2, **kw), lambda: torch.randn(3, 5, 8)),
+    "Kronecker": (lambda **kw: pondera.nn.Kronecker(12, 20, **kw), lambda: torch.randn(5, 12)),
+    "Maxout": (lambda **kw: pondera.nn.Maxout(6, 4, 3, **kw), lambda: torch.randn(5, 6)),
+    "Monarch": (lambda **kw: pondera.nn.Monarch(12, 20, **kw), lambda: torch.randn(5, 12)),
+    "MultivectorLinear": (
+        lambda **kw: pondera.nn.MultivectorLinear((2, 0, 1), 3, 2, bias=True, **kw),
+        lambda: torch.randn(5, 3, 8),
+    ),
+    "MultivectorNorm": (lambda **kw: pondera.nn.MultivectorNorm((3,), 3, **kw), lambda: torch.randn(5, 3, 8)),
+    "NAU": (lambda **kw: pondera.nn.NAU(6, 4, **kw), lambda: torch.randn(5, 6)),
+    "NMU": (lambda **kw: pondera.nn.NMU(6, 4, **kw), lambda: torch.randn(5, 6)),
+    "PermutationLinear": (
+        lambda **kw: pondera.nn.PermutationLinear(4, 2, 2, 3, 2, **kw),
+        lambda: torch.randn(5, 3, 4, 4),
+    ),
+    "S4D": (lambda **kw: pondera.nn.S4D(4, 6, **kw), lambda: torch.randn(3, 7, 4)),
+    "SemiStructured": (lambda **kw: semi_structured(**kw), lambda: torch.randn(5, 6)),
+    "T1": (t1, lambda: torch.randn(3, 2, 7, 6)),
+    "T1Layer": (lambda **kw: pondera.nn.T1Layer(5, (4, 3), 42, **kw), lambda: torch.randn(3, 5, 4, 3)),
+    "TT": (lambda **kw: pondera.nn.TT(12, 20, rank=2, n_cores=2, **kw), lambda: torch.randn(5, 12)),
+    "TropicalActivation": (lambda **kw: pondera.nn.TropicalActivation(4, **kw), lambda: torch.randn(5, 6)),
+}
+NO_HALF = {"HippoProphecy", "T1", "T1Layer"}  # need float32 at least, and refuse less in words
+# keep their own precision under autocast, for they would be wrong in half
+KEEPS = {
+    "FourierActivation",
+    "GauntTensorProduct",
+    "GeometricProduct",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GroupRational",
+    "HermiteActivation",
+    "HippoProphecy",
+    "KATBlock",
+    "MultivectorNorm",
+    "NMU",
+    "T1",
+    "T1Layer",
+    "TropicalActivation",
+}
+OVER_BATCHES = {"GhostBatchNorm1d", "GhostBatchNorm2d"}  # take statistics of the first dimension: one, and not empty
 KINKED = set()  # gradcheck would step over a kink: tested with the layer
 
 
@@ -31,7 +122,70 @@ class Keeps:
     x: Any = None
 
 
-EQUIVARIANT: dict[str, list[Keeps]] = {}
+def biased(layer):
+    """With a bias that is not zero, as it may be after training."""
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    return layer
+
+
+def brauer(group, k, l):
+    return {
+        "build": lambda **kw: biased(pondera.nn.BrauerLinear(group, k, l, 3, 2, **kw)),
+        "x": lambda: torch.randn(5, 3, *[int(group[-2])] * k),
+    }
+
+
+EQUIVARIANT: dict[str, list[Keeps]] = {
+    "BrauerLinear": [
+        Keeps("SO(3)", 2, 3, wrong=2, **brauer("SO(3)", 2, 3)),
+        Keeps("O(3)", 2, 2, wrong=0, **brauer("O(3)", 2, 2)),
+        Keeps("O(2)", 4, 2, wrong=0, **brauer("O(2)", 4, 2)),
+        Keeps("Sp(4)", 2, 2, wrong=0, **brauer("Sp(4)", 2, 2)),
+        Keeps("Sp(2)", 1, 3, wrong=2, **brauer("Sp(2)", 1, 3)),
+    ],
+    "GauntTensorProduct": [
+        Keeps("O(3)", on_harmonics(2), on_harmonics(4), wrong=0),
+        Keeps(
+            "O(3)",
+            on_harmonics(5),
+            on_harmonics(3),
+            wrong=0,
+            build=lambda **kw: pondera.nn.GauntTensorProduct(3, 5, 5, 3, **kw),
+            x=lambda: torch.randn(5, 3, 36),
+        ),
+        Keeps(
+            "O(3)",
+            on_harmonics(2),
+            on_harmonics(4),
+            wrong=0,
+            build=lambda **kw: pondera.nn.GauntTensorProduct(3, 2, 2, method="fourier", **kw),
+        ),
+    ],
+    "GeometricProduct": [
+        Keeps("O(3,1)", on_blades, on_blades, wrong=0),
+        Keeps(
+            "O(2,1,1)",
+            on_blades,
+            on_blades,
+            wrong=0,
+            build=lambda **kw: pondera.nn.GeometricProduct((2, 1, 1), 3, per="grade", first_order=True, **kw),
+        ),
+    ],
+    "MultivectorLinear": [Keeps("O(2,0,1)", on_blades, on_blades, wrong=0)],
+    "MultivectorNorm": [Keeps("O(3)", on_blades, on_blades, wrong=0)],
+    "PermutationLinear": [
+        Keeps("S(4)", 2, 2, wrong=1, build=lambda **kw: biased(pondera.nn.PermutationLinear(4, 2, 2, 3, 2, **kw))),
+        Keeps(
+            "S(3)",
+            1,
+            2,
+            wrong=1,
+            build=lambda **kw: biased(pondera.nn.PermutationLinear(3, 1, 2, 3, 2, basis="orbit", **kw)),
+            x=lambda: torch.randn(5, 3, 3),
+        ),
+    ],
+}
 
 EVERY = sorted(n for n in pondera.nn.__all__ if inspect.isclass(getattr(pondera.nn, n)))
 
@@ -44,7 +198,7 @@ def make(name, **kw):
 
 def test_every_layer_has_its_line():
     assert set(EVERY) == set(LAYERS)
-    assert set(EVERY) >= NO_HALF | KEEPS | KINKED | set(EQUIVARIANT)
+    assert set(EVERY) >= NO_HALF | KEEPS | OVER_BATCHES | KINKED | set(EQUIVARIANT)
 
 
 @pytest.mark.parametrize("name", [n for n in pondera.nn.__all__ if callable(getattr(pondera.nn, n))])
@@ -83,6 +237,10 @@ def test_dtype_and_leading_dimensions(name, dtype):
     layer, x = make(name, dtype=dtype)
     out = layer(x.to(dtype))
     assert out.dtype == dtype
+    if name in OVER_BATCHES:
+        with pytest.raises(BadInput, match="dimensions"):
+            layer(x.to(dtype)[None])
+        return
     deeper = layer(x.to(dtype).unsqueeze(0))  # may be another matrix product: a few last places of the largest
     assert torch.allclose(deeper, out.unsqueeze(0), rtol=0, atol=4 * torch.finfo(dtype).eps * out.abs().max().item())
 
@@ -90,6 +248,10 @@ def test_dtype_and_leading_dimensions(name, dtype):
 @pytest.mark.parametrize("name", EVERY)
 def test_an_empty_batch(name):
     layer, x = make(name)
+    if name in OVER_BATCHES:
+        with pytest.raises(BadInput, match="two values"):
+            layer(x[:0])
+        return
     out = layer(x[:0]) if x.ndim > 1 else layer(x)
     assert out.shape[1:] == layer(x).shape[1:]
 

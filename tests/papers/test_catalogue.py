@@ -44,6 +44,9 @@ def test_every_public_object_is_named_by_a_row(room):
     # serve every matrix optimizer, every merge
     shared = {"pondera.optim.groups", "pondera.optim.spread", "pondera.optim.gather_state"}
     shared |= {"pondera.merge.MergedState", "pondera.merge.merge_recipe"}
+    shared |= {
+        f"pondera.nn.{name}" for name in ("act_on", "equivariance_error", "group_element", "rate_groups", "swap_linear")
+    }
     module = importlib.import_module(f"pondera.{room}")
     results = {
         n

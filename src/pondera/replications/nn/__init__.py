@@ -1,0 +1,1 @@
+"""Layers of structured weights: the papers' claims, re-run."""
