@@ -101,7 +101,7 @@ def generate(docs: Path) -> list[Path]:
     pages[docs / "methods" / "came-to.md"] = came_to(catalogue())
     pages[docs / "methods" / "_choices.md"] = choices()
     pages[docs / "methods" / "_calibration.md"] = f"{calibrated()}\n{findings('calibration')}\n"
-    for what in ("starts", "adapters"):
+    for what in ("starts", "adapters", "optimizers", "regularisers", "layers"):
         pages[docs / "methods" / f"_league_{what}.md"] = league(docs / "league", what)
     for room in ROOMS:
         pages[docs / "rooms" / f"{room}.md"] = room_page(room)
@@ -313,6 +313,10 @@ def league(folder: Path, what: str) -> str:
         heads = (kind, "Tuned rate", "Score, 95% interval", "Difference to as built", "Verdict", "Start-up")
         if "trained" in base:
             heads += ("Step", "Trained", "Memory")
+        elif "band" in base:
+            heads += ("Step", "Steps to the first's score", "State", "Good rates")
+        elif what == "layers":
+            heads += ("Step", "Numbers")
         on = ", ".join(f"{k} {v}" for k, v in kept["versions"].items())
         words = " ".join(shlex.quote(w) for w in kept["command"])
         rule = f"{kept['rule']}; " if "rule" in kept else ""
@@ -324,10 +328,11 @@ def league(folder: Path, what: str) -> str:
 
 
 def _choice(recipe: str) -> str:
-    """`lsuv` of "init=lsuv", without the activation it was told; an adapter keeps what it was told."""
-    return (
-        recipe.removeprefix("adapter=") if "adapter=" in recipe else re.sub(r"\(.*", "", recipe.removeprefix("init="))
-    )
+    """`lsuv` of "init=lsuv", without the activation it was told; the other rooms keep what they were told, but for searches."""
+    if recipe.startswith("init="):
+        return re.sub(r"\(.*", "", recipe.removeprefix("init="))
+    told = re.sub(r"\w+=log\([^)]*\),?", "", re.sub(r"^\w+=", "", recipe) if not recipe.startswith("as ") else recipe)
+    return told.replace(",)", ")").removesuffix("()")
 
 
 def _glance(r: dict[str, Any]) -> str:
@@ -345,9 +350,14 @@ def _league_row(r: dict[str, Any]) -> tuple[str, ...]:
     start = "" if r["start_seconds"] is None else f"{1e3 * r['start_seconds']:.3g} ms"
     gap = three(r["difference"], r["difference_low"], r["difference_high"], "+")
     cells = (f"`{_choice(r['recipe'])}`", rate, three(r["score"], r["low"], r["high"]), gap, r["verdict"], start)
+    step = "" if r["step_seconds"] is None else f"{1e3 * r['step_seconds']:.3g} ms"
+    if "band" in r:
+        reached = "" if r["steps_to_target"] is None else f"{r['steps_to_target']:.0f}"
+        return (*cells, step, reached, f"{r['state']:.2g} a weight", f"{r['band']:.1f} decades")
+    if r["recipe"].startswith("layer=") or "numbers" in r:
+        return (*cells, step, f"{r['parameters']:,}")
     if "trained" not in r:
         return cells
-    step = "" if r["step_seconds"] is None else f"{1e3 * r['step_seconds']:.3g} ms"
     return (*cells, step, f"{r['trained']:,}", f"{r['training_bytes'] / 2**20:.3g} MiB")
 
 
