@@ -67,7 +67,7 @@ def test_the_spectral_norm_is_torchs_muon(shape, scale, nesterov, monkeypatch):
     def theirs(p):
         return muon.Muon(p, adjust_lr_fn=scale, **both)
 
-    for dtype, apart in ((torch.float32, 2e-6), (F64, 1e-15)):
+    for dtype, apart in ((torch.float32, 1e-7), (F64, 1e-15)):
         (a,), (b,) = after(ours(torch.bfloat16), [shape], 20, dtype), after(theirs, [shape], 20, dtype)
         assert (a - b).abs().max() <= apart
     # and with its iteration in float32 in place of bfloat16
@@ -75,7 +75,7 @@ def test_the_spectral_norm_is_torchs_muon(shape, scale, nesterov, monkeypatch):
         muon, "_zeropower_via_newtonschulz", lambda g, c, steps, eps: newton_schulz(g, steps=steps, dtype=torch.float32)
     )
     (a,), (b,) = after(ours(torch.float32), [shape], 20, torch.float32), after(theirs, [shape], 20, torch.float32)
-    assert (a - b).abs().max() <= 2e-6
+    assert (a - b).abs().max() <= 3e-7
 
 
 def test_the_spectral_norm_with_the_exact_svd():
