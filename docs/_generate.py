@@ -354,8 +354,8 @@ def _league_row(r: dict[str, Any]) -> tuple[str, ...]:
     if "band" in r:
         reached = "" if r["steps_to_target"] is None else f"{r['steps_to_target']:.0f}"
         return (*cells, step, reached, f"{r['state']:.2g} a weight", f"{r['band']:.1f} decades")
-    if r["recipe"].startswith("layer=") or "numbers" in r:
-        return (*cells, step, f"{r['parameters']:,}")
+    if "numbers" in r:
+        return (*cells, step, f"{r['numbers']:,}")
     if "trained" not in r:
         return cells
     return (*cells, step, f"{r['trained']:,}", f"{r['training_bytes'] / 2**20:.3g} MiB")

@@ -241,9 +241,9 @@ def _bytes(file: str) -> str:
 
 @dataclass(frozen=True)
 class Piece:
-    """A statement at the top of a module. text: what it does, without comments, docstrings and layout. makes: the names it
-    binds. uses: the names it reads. always: whether it does something when imported beside binding names. words: those of
-    its strings without blanks. imports: whether it only imports."""
+    """A statement at the top of a module. text: what it does, without comments, docstrings and layout. binds, uses: the names
+    it binds and reads. statements: its imports. words: those of its strings without blanks. always: whether it does something
+    when imported beside binding names. makes_function: whether it defines one. imports: whether it only imports."""
 
     text: str
     binds: frozenset[str]

@@ -38,7 +38,7 @@ def norm_loss(weight: Float[Tensor, "out *fan_in"] | nn.Module, *, target: float
 
 
 def _lengths(w: Float[Tensor, "out fan_in"]) -> Float[Tensor, "out"]:
-    """Of each row, by a dot product: a sixth of the time that `norm` takes with its way back. At a row of zeros the gradient is 0."""
+    """Of each row, by a dot product, whose way back costs less than that of `norm`. At a row of zeros the gradient is 0."""
     rows = w.to(torch.promote_types(w.dtype, torch.float32))
     squares = torch.linalg.vecdot(rows, rows, dim=1)
     some = squares > 0
