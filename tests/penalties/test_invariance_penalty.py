@@ -121,6 +121,7 @@ def test_refusals():
         (lambda: invariance([x[:, :, None]], [f], [y]), r"shape \(rows, features\)"),
         (lambda: invariance([0 * x], [0 * f], [y]), "singular"),
         (lambda: invariance([x[:1]], [f[:1]], [y[:1]]), "singular"),
+        (lambda: invariance([torch.tensor([[1e-2, 30.0]] * 2)], [f[:2]], [y[:2]]), "singular"),
     ):
         with pytest.raises(BadInput, match=words) as caught:
             call()

@@ -141,8 +141,9 @@ def _root(gram: Tensor, ridge: float, environment: int, rows: int) -> Tensor:
     if ridge:
         gram = gram + ridge * gram.diagonal().mean() * torch.eye(d, dtype=gram.dtype, device=gram.device)
     root, info = torch.linalg.cholesky_ex(gram)
-    ends = torch.stack([info.to(root.dtype), *root.detach().diagonal().square().aminmax()]).tolist()
-    if ends[0] or not ends[1] > d * torch.finfo(gram.dtype).eps * ends[2]:
+    pivot, largest = root.detach().diagonal().square().min(), gram.detach().diagonal().max()  # rounded at the largest
+    failed, pivot, largest = torch.stack([info.to(root.dtype), pivot, largest]).tolist()
+    if failed or (rows < d and not ridge) or not pivot > d * torch.finfo(gram.dtype).eps * largest:
         raise BadInput(
             f"invariance needs a regular Gram matrix in every environment; that of environment {environment} "
             f"({rows} rows, {d} features) is singular: give more rows or fewer features, or a ridge (1e-3, say)"
