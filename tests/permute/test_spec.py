@@ -38,7 +38,6 @@ def test_running_statistics_are_carried_unless_said_otherwise():
 @pytest.mark.parametrize(
     ("axes", "words"),
     [
-        ({"w": ("p", "p")}, "stands on the axes 0 and 1 of w"),
         ({"w": ((("p", 2), ("p", 2)),)}, "stands twice in one row"),
         ({"w": ((("p", 2), (None, 2)),), "v": ((("p", 3), (None, 2)),)}, "has 2 units in one place and 3 in v"),
         ({"w": ((("p", 0),),)}, "needs None, a permutation's name, or factors"),

@@ -8,6 +8,7 @@ from torch.nn.utils import parametrizations
 
 from pondera._permute import PermutationSpec, apply_permutation, random_permutations, rules, trace_permutations
 from pondera.errors import BadInput
+from pondera.merge import weight_matching
 
 
 class Block(nn.Module):
@@ -204,6 +205,30 @@ def test_weight_norm_and_shared_layers():
     spec = trace_permutations(twice, torch.randn(4, 3))  # one weight between one axis and itself
     assert not spec.places
     assert "stand on two axes" in spec.notes[0]
+    spec = trace_permutations(twice, torch.randn(4, 3), matchable=False)
+    assert spec.axes["2.weight"] == ("0", "0")
+    assert inner.weight.dtype == torch.float32  # the model is as it was
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        h = self.a(x).tanh()
+        return self.c(h + self.b(h).relu())
+
+
+def test_what_cannot_be_matched_can_be_kept_and_applied():
+    net, x = Residual(), torch.randn(4, 3)
+    spec = trace_permutations(net, x, matchable=False)
+    assert spec.axes["b.weight"] == ("a", "a")
+    state = apply_permutation(spec, {"a": torch.tensor([4, 2, 0, 1, 3])}, net.state_dict())
+    assert torch.equal(state["b.weight"], net.b.weight[[4, 2, 0, 1, 3]][:, [4, 2, 0, 1, 3]])
+    assert torch.allclose(torch.func.functional_call(net, state, x), net(x), atol=1e-6)
+    with pytest.raises(BadInput, match=r"cannot match permutation 'a', which stands on the axes 0 and 1 of b\.weight"):
+        weight_matching(net, Residual(), spec)
 
 
 def test_what_is_not_followed_stays_fixed_and_is_said():

@@ -15,6 +15,7 @@ from pondera._permute.spec import (
     names_of,
     random_permutations,
     reorder,
+    require_matchable,
 )
 from pondera._permute.trace import trace_permutations
 
@@ -30,5 +31,6 @@ __all__ = [
     "names_of",
     "random_permutations",
     "reorder",
+    "require_matchable",
     "trace_permutations",
 ]

@@ -47,8 +47,10 @@ class PermutationSpec:
       12 heads of 64;
     - a tuple of such rows: the axis is one after the other, as after a concatenation: query, key and value in one weight.
 
-    One name is one permutation, wherever it stands: all that reads and writes a residual stream shares a name. For the
-    function to stay, both sides of every hidden axis must carry its name; `trace_permutations` finds and proves that.
+    One name is one permutation, wherever it stands: all that reads and writes a residual stream shares a name, and so do
+    both axes of a recurrent weight. For the function to stay, both sides of every hidden axis must carry its name;
+    `trace_permutations` finds and proves that. A name on two axes of one tensor can be applied, but not matched: its best
+    permutation is no linear assignment.
 
     Attributes:
         axes: the entries, by the tensor's name, one for each dimension.
@@ -56,9 +58,8 @@ class PermutationSpec:
             running_mean and running_var), and second names of tied tensors.
         notes: what `trace_permutations` left fixed, and why, in words.
 
-    Raises: BadInput: for an entry of none of these forms, a name on two axes of one tensor or twice in one row (its best
-        permutation is no linear assignment), factors of size below 1, a name of different sizes, unknown names in
-        `carried`.
+    Raises: BadInput: for an entry of none of these forms, a name twice in one row, factors of size below 1, a name of
+        different sizes, unknown names in `carried`.
 
     >>> spec = PermutationSpec({"0.weight": ("h", None), "0.bias": ("h",), "2.weight": (None, "h"), "2.bias": (None,)})
     >>> [(p.tensor, p.axis) for p in spec.places["h"]]
@@ -248,16 +249,22 @@ def _is_factor(f: Any) -> bool:
     return isinstance(f[1], int) and not isinstance(f[1], bool) and f[1] > 0
 
 
+def require_matchable(spec: PermutationSpec, who: str) -> None:
+    """Raise BadInput if a permutation stands on two axes of one tensor: the best one is then no linear assignment."""
+    for p, places in spec.places.items():
+        axis: dict[str, int] = {}
+        for place in places:
+            if axis.setdefault(place.tensor, place.axis) != place.axis:
+                raise BadInput(
+                    f"{who} cannot match permutation {p!r}, which stands on the axes {axis[place.tensor]} and {place.axis} of "
+                    f"{place.tensor}: the best one is no linear assignment; leave it out"
+                )
+
+
 def _check_places(p: str, places: tuple[Place, ...]) -> None:
-    axis: dict[str, int] = {}
     rows: set[tuple[str, int, int]] = set()
     n = next((place.n for place in places if place.n), None)
     for place in places:
-        if axis.setdefault(place.tensor, place.axis) != place.axis:
-            raise BadInput(
-                f"permutation {p!r} stands on the axes {axis[place.tensor]} and {place.axis} of {place.tensor}: the best one "
-                "is then no linear assignment; leave it out"
-            )
         if (row := (place.tensor, place.axis, place.start)) in rows:
             raise BadInput(f"permutation {p!r} stands twice in one row of factors of {place.tensor}; leave it out")
         rows.add(row)

@@ -24,13 +24,14 @@ from pondera.errors import BadInput
 WHO = "trace_permutations"
 
 
-def trace_permutations(model: nn.Module, example: Batch) -> PermutationSpec:
+def trace_permutations(model: nn.Module, example: Batch, *, matchable: bool = True) -> PermutationSpec:
     """Find the permutations of hidden units that leave a model's function unchanged, and prove them on the example.
 
     The model runs once on `example`, in eval mode. Linear layers, convolutions (grouped ones by whole groups and alike
     inside all groups), norm layers, residual sums, flattening, concatenation, attention (heads as blocks; inside the
     heads one order for all of them) and element-wise operations are followed, whatever the modules are called. Left out
-    from the start, with a note: what would have to stand on two axes of one tensor (a recurrent weight, `x + linear(x)`).
+    from the start, with a note: what would have to stand on two axes of one tensor (a recurrent weight, `x + linear(x)`),
+    for no match can be found of it; `matchable=False` keeps it.
 
     Then the proof, on a copy of the state in float64 whose entries are all moved a little, so that equal ones cannot hide
     an error. All permutations are drawn at random, and the outputs must stay. One that changes them is dropped; so is one
@@ -44,6 +45,7 @@ def trace_permutations(model: nn.Module, example: Batch) -> PermutationSpec:
         model: any model with hidden units; nothing of it changes.
         example: what its forward takes: a tensor, a tuple or list (positional), or a mapping (by keyword). What forward
             returns (in tuples, lists and mappings) is what must not change.
+        matchable: leave out what `weight_matching` could not solve.
     Returns: the spec of the model's `state_dict`. Its `notes` say what stays fixed and why.
     Raises: BadInput: if the batch is empty, holds NaN or does not fit, the model is on the meta device or holds NaN, or its
         outputs are no tensors or differ from run to run.
@@ -70,7 +72,7 @@ def trace_permutations(model: nn.Module, example: Batch) -> PermutationSpec:
             outputs = _run(model, copied, inputs)
         for x in tensors(outputs):
             tracer.labels.fix(x)
-        axes, notes = tracer.found(aliases)
+        axes, notes = tracer.found(aliases, matchable)
         spec = PermutationSpec(axes, _carried(model, aliases), tuple(notes))
         return _proved(spec, model, state, aliases, (args, kwargs))
 
@@ -99,12 +101,16 @@ def _same_random_state(model: nn.Module) -> Iterator[None]:
 
 def _run(model: nn.Module, state: dict[str, Tensor], inputs: Any) -> Any:
     args, kwargs = inputs
+    own = [(table, dict(table)) for m in model.modules() for table in (m._parameters, m._buffers)]
     try:
         return functional_call(model, state, args, kwargs)
     except (BadInput, torch.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         raise BadInput(f"{WHO} could not run the model on its example: {' '.join(str(error).split())}") from error
+    finally:
+        for table, was in own:  # functional_call does not give back those of a module that stands in two places
+            table.update(was)
 
 
 # -- the proof --------------------------------------------------------------------------------------------------------
@@ -255,7 +261,9 @@ class Tracer(TorchDispatchMode):
             return [leaves(x.shape) if isinstance(x, Tensor) else [] for x in out]
         return leaves(out.shape) if isinstance(out, Tensor) else []
 
-    def found(self, aliases: Mapping[str, list[str]]) -> tuple[dict[str, tuple[Axis, ...]], list[str]]:
+    def found(
+        self, aliases: Mapping[str, list[str]], matchable: bool = True
+    ) -> tuple[dict[str, tuple[Axis, ...]], list[str]]:
         """Entries for every name of the state dict, and notes on what was left fixed."""
         notes = list(self.lost)
         rows: dict[str, list[list[Labels]]] = {}
@@ -267,7 +275,8 @@ class Tracer(TorchDispatchMode):
             for axis, entry in enumerate(entries):
                 for row in entry:
                     for leaf in (leaf for leaf in row if leaf.size > 1):
-                        if not leaf.fixed and (seen.setdefault(leaf, axis) != axis or row.count(leaf) > 1):
+                        twice = matchable and seen.setdefault(leaf, axis) != axis
+                        if not leaf.fixed and (twice or row.count(leaf) > 1):
                             fix(leaf)
                             notes.append(f"{leaf.size} units stand on two axes or factors of {name} and stay fixed")
         called: dict[Label, str] = {}

@@ -23,6 +23,7 @@ from pondera._permute import (
     names_of,
     random_permutations,
     reorder,
+    require_matchable,
     trace_permutations,
 )
 from pondera.errors import BadInput, describe, nearest, require_extra, require_finite
@@ -643,6 +644,7 @@ def _spec(spec: PermutationSpec | None, model: object, example: Batch | None, wh
     if not spec.places:
         why = f" ({'; '.join(spec.notes)})" if spec.notes else ""
         raise BadInput(f"{who} got a spec without any permutation{why}; there is nothing to match")
+    require_matchable(spec, who)
     return spec
 
 

@@ -1,0 +1,33 @@
+"""Smaller weights: factored, pruned, quantised. Functions on a model, in place, that report what they changed.
+
+Methods that look at data take `calibration`, a list of batches, and where they need it `loss(model, batch)`. Zeros are held
+by masks (`hold_masks`, `bake`), factors by `LowRankLinear`, values of a grid are plain tensors.
+
+>>> import torch
+>>> from pondera.compress import magnitude_prune
+>>> net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+>>> print(magnitude_prune(net, keep=0.1).summary().splitlines()[0])
+magnitude_prune: 2 of 2 weights changed, 211 of 2,112 numbers held (10.0%), 0.00111 MB of 0.00845 MB
+"""
+
+from pondera.compress._report import CompressReport, LayerChange
+from pondera.compress.cost import Cost, cost
+from pondera.compress.grid import Quantised, quantize, quantize_tensor
+from pondera.compress.low_rank import LowRankLinear
+from pondera.compress.masks import bake, density, hold_masks, magnitude_prune, masks_of
+
+__all__ = [
+    "CompressReport",
+    "Cost",
+    "LayerChange",
+    "LowRankLinear",
+    "Quantised",
+    "bake",
+    "cost",
+    "density",
+    "hold_masks",
+    "magnitude_prune",
+    "masks_of",
+    "quantize",
+    "quantize_tensor",
+]

@@ -1,0 +1,34 @@
+"""Networks that read or write the weights of networks, and the tools they share.
+
+A batch of networks is a mapping from tensor names to tensors (nets, *shape), in torch's own layout; layers take them with
+channels at the end, (nets, *shape, channels). A `PermutationSpec` says which hidden units may change places, and
+`trace_permutations` finds it for any model.
+
+>>> import torch
+>>> from pondera.weightspace import stack_states, trace_permutations
+>>> nets = [torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1)) for _ in range(5)]
+>>> stack_states(nets)["0.weight"].shape
+torch.Size([5, 8, 2])
+>>> trace_permutations(nets[0], torch.randn(3, 2)).axes["0.weight"]
+('0', None)
+"""
+
+from pondera._permute import PermutationSpec, apply_permutation, trace_permutations
+from pondera.weightspace._states import (
+    Standardize,
+    equivariance_error,
+    permute_states,
+    stack_states,
+    unstack_states,
+)
+
+__all__ = [
+    "PermutationSpec",
+    "Standardize",
+    "apply_permutation",
+    "equivariance_error",
+    "permute_states",
+    "stack_states",
+    "trace_permutations",
+    "unstack_states",
+]
