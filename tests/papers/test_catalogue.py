@@ -13,7 +13,7 @@ from pondera.papers import catalogue, instead, paper, replications, status, to_r
 from pondera.papers import evidence as found_by
 from pondera.replications import evidence, keys, room
 
-ROOMS = ("init", "parametrize", "nn", "penalties", "optim", "probe", "adapters", "merge")
+ROOMS = ("init", "parametrize", "nn", "penalties", "optim", "probe", "adapters", "merge", "compress", "weightspace")
 
 
 def test_all_rows_are_there_and_whole():
@@ -47,6 +47,10 @@ def test_every_public_object_is_named_by_a_row(room):
     shared |= {
         f"pondera.nn.{name}" for name in ("act_on", "equivariance_error", "group_element", "rate_groups", "swap_linear")
     }
+    kept = ("LowRankLinear", "bake", "cost", "density", "hold_masks", "magnitude_prune", "masks_of", "quantize")
+    shared |= {f"pondera.compress.{name}" for name in (*kept, "quantize_tensor")}
+    states = ("Standardize", "equivariance_error", "permute_states", "stack_states", "unstack_states")
+    shared |= {f"pondera.weightspace.{name}" for name in (*states, "apply_permutation", "trace_permutations")}
     module = importlib.import_module(f"pondera.{room}")
     results = {
         n

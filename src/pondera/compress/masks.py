@@ -90,7 +90,17 @@ def bake(model: nn.Module) -> nn.Module:
     """End all held masks: the zeros stay in plain weights, under their plain names, and nothing holds them any more."""
     for name in masks_of(model):
         path, _, attribute = name.rpartition(".")
-        parametrize.remove_parametrizations(model.get_submodule(path), attribute, leave_parametrized=True)
+        module = model.get_submodule(path)
+        if len(module.parametrizations) > 1:  # type: ignore[arg-type]
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+            continue
+        # not torch's way to the end: that would take the attribute from the copies of the module as well
+        value, original = getattr(module, attribute).detach(), module.parametrizations[attribute].original  # type: ignore[index,union-attr]
+        with torch.no_grad():
+            original.copy_(value)  # type: ignore[operator]
+        module.__class__ = type(module).__bases__[0]
+        del module.parametrizations
+        module.register_parameter(attribute, original)  # type: ignore[arg-type]
     return model
 
 

@@ -77,6 +77,12 @@ def permute_states(spec: PermutationSpec, states: Mapping[str, Tensor], generato
         spec: of one network's state (`trace_permutations`).
         states: tensors (nets, *shape), or with a last dimension of channels.
         generator: draws the orders.
+    Returns: new tensors of the same names and shapes.
+    Raises: BadInput: if the states do not fit the spec.
+
+    >>> spec, nets = PermutationSpec({"w": ("h", None)}), {"w": torch.arange(6.0).view(1, 3, 2)}
+    >>> sorted(permute_states(spec, nets, torch.Generator().manual_seed(0))["w"][0].tolist())
+    [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]
     """
     one = {name: x[0] for name, x in states.items()}
     sizes = _sizes(spec, one)
