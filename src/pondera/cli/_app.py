@@ -10,11 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
+from pondera.cli._compress import compress as compress_files
 from pondera.cli._customize import customize
 from pondera.cli._errors import packages_in, packages_of_task, sentence
 from pondera.cli._judge import judge
 from pondera.cli._merge import merge
 from pondera.cli._print import console, escape, new_table
+from pondera.cli._zoo import zoo
 from pondera.errors import BadInput, nearest, require_extra
 
 app = typer.Typer(
@@ -27,6 +29,8 @@ app = typer.Typer(
 app.command()(customize)
 app.command()(judge)
 app.add_typer(merge, name="merge")
+app.add_typer(compress_files, name="compress")
+app.add_typer(zoo, name="zoo")
 
 
 def main() -> None:
