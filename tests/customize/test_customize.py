@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from pondera.adapters import TLoraConfig, at_timestep
 from pondera.customize import customize, load_base, load_customized
+from pondera.customize._train import worded
 from pondera.errors import BadInput
 
 from .pipelines import PIPELINES
@@ -37,7 +38,7 @@ def test_trained_saved_loaded_and_sampled(kind, tmp_path):
     IMAGE.save(tmp_path / "dog.png")
     done = customize(
         tmp_path / "base", tmp_path / "dog.png", "sks dog", tmp_path / "out", prompts=["a {} on the moon"],
-        **{**SMALL, "rate": 1e-2},
+        **{**SMALL, "rate": 1e-2, "optimizer": "adamw"},
     )  # fmt: skip
     assert len(done.losses) == 2
     assert torch.isfinite(done.losses).all()
@@ -237,3 +238,193 @@ def test_a_diverged_run_says_so(tmp_path):
         pipe.unet.conv_out.weight.fill_(float("nan"))
     with pytest.raises(BadInput, match="the loss became nan at step 0"):
         customize(pipe, IMAGE, "sks dog", tmp_path / "out", **SMALL)
+
+
+# -- what people bring -------------------------------------------------------------------------------------------------
+
+
+def test_a_photo_is_learnt_as_the_camera_was_held_and_on_white(tmp_path):
+    from pondera.customize._denoisers import images_of
+
+    upright = Image.new("RGB", (40, 60), "white")
+    upright.paste("red", (0, 0, 40, 30))  # red above
+    fallen = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = fallen.getexif()
+    exif[0x0112] = 6  # held so that it must be turned a quarter to the right
+    fallen.save(tmp_path / "phone.png", exif=exif)
+    (turned,), (edge,) = images_of(tmp_path / "phone.png", 8)
+    assert edge == 40
+    assert (turned[1, 0] < -0.9).all(), "red on top, as it was seen"
+    assert (turned[1, -1] > 0.9).all()
+    hidden = Image.new("RGBA", (16, 16), (255, 0, 0, 0))  # red that nobody sees
+    hidden.paste((0, 0, 255, 255), (4, 4, 12, 12))
+    hidden.save(tmp_path / "cut-out.png")
+    (shown,), _ = images_of(tmp_path / "cut-out.png", 16)
+    assert (shown[:, 0, 0] == 1).all(), "white"
+    assert shown[:, 8, 8].tolist() == [-1, -1, 1]
+    palette = hidden.convert("P")
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    (shown,), _ = images_of(palette, 16)
+    assert (shown[:, 0, 0] > 0.98).all()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "drawn"),
+    [
+        ("a {} on the moon", "a sks dog on the moon"),
+        ("a {name} on the moon", "a sks dog on the moon"),
+        ("the moon", "the moon"),
+    ],
+)
+def test_the_name_stands_where_a_prompt_says(prompt, drawn):
+    assert worded(prompt, "sks dog") == drawn
+
+
+def test_wrong_prompts_are_refused_before_training(tmp_path):
+    for prompt in ("a {nam} on the moon", "a {", "a {0}"):
+        with pytest.raises(BadInput, match="no other braces"):
+            customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "out", prompts=[prompt], **SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_folder_draws_again(tmp_path):
+    first = customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "out", prompts=["a {}"], **SMALL)
+    again = customize(
+        PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "out", prompts=["a {}", "the {name} on the moon"], **SMALL
+    )
+    assert again.resumed_at == again.steps
+    assert list(again.samples) == ["a sks dog", "the sks dog on the moon"]
+    assert Image.open(tmp_path / "out" / "grid.png").size == (256, 256)
+    one, two = (Image.open(done.samples["a sks dog"][0]) for done in (first, again))
+    assert numpy.abs(numpy.asarray(one, float) - numpy.asarray(two, float)).max() <= 1
+    with pytest.raises(BadInput, match=r"with other settings \(steps\)"):
+        customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "out", prompts=["a {}"], **{**SMALL, "steps": 3})
+
+
+def test_the_same_pipeline_twice(tmp_path):
+    pipe = PIPELINES["sd15"]()
+    customize(pipe, IMAGE, "sks dog", tmp_path / "a", **{**SMALL, "rate": 1e-2})
+    customize(pipe, IMAGE.rotate(90), "sks dog", tmp_path / "b", **{**SMALL, "rate": 1e-2})
+    customize(PIPELINES["sd15"](), IMAGE.rotate(90), "sks dog", tmp_path / "c", **{**SMALL, "rate": 1e-2})
+    b, c = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "bc")
+    assert all(torch.equal(b[k], c[k]) for k in b), "as on a fresh one"
+
+
+@pytest.mark.parametrize("kind", ["sd15", "flux"])
+def test_a_pipeline_that_carries_a_lora(kind, tmp_path):
+    """It is trained on top of the LoRA: as on a pipeline that it was fused into by diffusers."""
+    settings = {**SMALL, "rate": 1e-2, "optimizer": "adamw", "precision": "no"}
+    customize(
+        PIPELINES[kind](), IMAGE, "sks dog", tmp_path / "style",
+        adapter=peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]), **settings,
+    )  # fmt: skip
+    fused, carries = PIPELINES[kind](), PIPELINES[kind]()
+    for pipe in (fused, carries):
+        pipe.load_lora_weights(tmp_path / "style")
+    fused.fuse_lora()
+    fused.unload_lora_weights()
+    for name, pipe in (("a", fused), ("b", carries)):
+        customize(pipe, IMAGE, "sks dog", tmp_path / name, **settings)
+    a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+    assert numpy.abs(pixels(carries) - pixels(fused)).max() < 1e-4
+
+
+def test_half_precision_files_alone_are_a_base(tmp_path):
+    pipe = PIPELINES["sd15"]()
+    pipe.save_pretrained(tmp_path / "base", variant="fp16")
+    assert not list((tmp_path / "base" / "unet").glob("diffusion_pytorch_model.safetensors"))
+    done = customize(tmp_path / "base", IMAGE, "sks dog", tmp_path / "out", **SMALL)
+    assert torch.isfinite(done.losses).all()
+
+
+def test_a_base_by_the_hubs_name_comes_from_its_cache(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    seen = {}
+
+    def snapshot(name, *, local_files_only, **_):
+        seen[name] = local_files_only
+        if name == "some/base":
+            return str(tmp_path / "base")
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not there")
+
+    PIPELINES["sd15"]().save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert type(load_base("some/base")).__name__ == "StableDiffusionPipeline"
+    assert seen == {"some/base": True}, "nothing is downloaded unasked"
+    with pytest.raises(BadInput, match="not in the hub's cache; download=True"):
+        load_base("some/other")
+    with pytest.raises(BadInput, match="cannot be brought from the hub"):
+        load_base("some/other", download=True)
+    assert seen["some/other"] is False
+
+
+def test_single_files_want_their_config(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"no")
+    (tmp_path / "x.ckpt").write_bytes(b"no")
+    PIPELINES["sd15"]().save_pretrained(tmp_path / "base")
+    for call, words in (
+        (lambda: load_base(tmp_path / "x.safetensors"), r"is a single file: give config"),
+        (lambda: load_base(tmp_path / "x.ckpt", config=tmp_path / "base"), r"only \.safetensors"),
+        (lambda: load_base(tmp_path / "x.safetensors", config=tmp_path), "no model_index.json"),
+        (
+            lambda: load_base(tmp_path / "x.safetensors", config=tmp_path / "base"),
+            "does not load as StableDiffusionPipe",
+        ),
+    ):
+        with pytest.raises(BadInput, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_the_vae_encodes_in_float32_whatever_its_own_precision():
+    from pondera.customize._denoisers import trainable
+
+    pipe = PIPELINES["sdxl"]()
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    exact, _ = trainable(pipe, 32).encode(image)
+    pipe.vae.half()
+    weights = {n: p.clone() for n, p in pipe.vae.named_parameters()}
+    half, _ = trainable(pipe, 32).encode(image)
+    assert half.dtype == torch.float32
+    assert torch.allclose(half, exact, atol=5e-3)
+    assert pipe.vae.dtype == torch.float16
+    assert all(torch.equal(p, weights[n]) for n, p in pipe.vae.named_parameters())
+
+
+def test_sdxl_is_told_how_large_the_photo_was():
+    from pondera.customize._denoisers import trainable
+
+    made = trainable(PIPELINES["sdxl"](), 32)
+    assert made.prompt("a sks dog", 640)["time_ids"].tolist() == [[640, 640, 0, 0, 32, 32]]
+
+
+def test_flux_has_its_own_recipe(tmp_path, monkeypatch):
+    from pondera.customize import _train as module
+
+    PIPELINES["flux"]().save_pretrained(tmp_path / "base")
+    drawn = {}
+    monkeypatch.setattr(module, "draw_samples", lambda *a, **k: drawn.update(k) or {})
+    customize(tmp_path / "base", IMAGE, "sks dog", tmp_path / "flux", prompts=["a {}"], steps=2, resolution=32)
+    note = json.loads((tmp_path / "flux" / "customization.json").read_text())
+    assert (note["optimizer"], note["rate"], note["clip"], note["precision"]) == ("prodigy", 1.0, 1.0, "bf16")
+    assert (note["adapter"]["r_min"], note["adapter"]["start"]) == (1, "lora")
+    assert (drawn["guidance"], drawn["steps"]) == (3.5, 28)
+    customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "sd", prompts=["a {}"], steps=2, resolution=32)
+    note = json.loads((tmp_path / "sd" / "customization.json").read_text())
+    assert (note["optimizer"], note["rate"], note["clip"], note["precision"]) == ("adamw", 1e-4, 0.0, "no")
+    assert (drawn["guidance"], drawn["steps"]) == (5.0, 25)
+
+
+def test_gradients_are_clipped_and_prodigy_moves(tmp_path):
+    free = customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "a", optimizer="prodigy", **SMALL)
+    assert torch.isfinite(free.losses).all()
+    start = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "b", optimizer="prodigy", **{**SMALL, "steps": 12})
+    moved = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    assert any(not torch.equal(start[k], moved[k]) for k in start)
+    for words in ({"clip": -1.0}, {"optimizer": "sgd"}):
+        with pytest.raises(BadInput, match="clip of at least 0|optimizer is one of adamw, prodigy"):
+            customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "c", **SMALL, **words)

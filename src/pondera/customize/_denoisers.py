@@ -25,7 +25,8 @@ class Trainable:
 
     name: of the denoiser's attribute, "unet" or "transformer". targets: layers the paper adapts. side: pixels of a
     square training image. encode: images (n, 3, side, side) in -1..1 to (mean, deviation) of their latents. prompt: a
-    text to the conditioning of one sample. loss: mean squared error of the denoiser on noisy latents.
+    text, and the side in pixels of the square that was cut from the photo, to the conditioning of one sample. loss: mean
+    squared error of the denoiser on noisy latents. kind: "pixels", "sd", "sdxl" or "flux".
     """
 
     pipe: Any
@@ -33,8 +34,9 @@ class Trainable:
     targets: list[str]
     side: int
     encode: Callable[[Tensor], tuple[Tensor, Tensor]]
-    prompt: Callable[[str], dict[str, Tensor]]
+    prompt: Callable[..., dict[str, Tensor]]
     loss: Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]
+    kind: str = "pixels"
 
     @property
     def denoiser(self) -> nn.Module:
@@ -96,7 +98,7 @@ def _side(pipe: Any, resolution: int | None, default: int, step: int) -> int:
 def _pixels(pipe: Any, resolution: int | None) -> Trainable:
     step = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
 
-    def prompt(text: str) -> dict[str, Tensor]:
+    def prompt(text: str, edge: int | None = None) -> dict[str, Tensor]:
         return {"encoder_hidden_states": pipe.encode_prompt(text, do_classifier_free_guidance=False)[0]}
 
     return Trainable(
@@ -111,18 +113,29 @@ def _stable_diffusion(pipe: Any, resolution: int | None, *, two: bool) -> Traina
     side = _side(pipe, resolution, pipe.unet.config.sample_size * factor, step)
 
     def encode(images: Tensor) -> tuple[Tensor, Tensor]:
-        law = vae.encode(images.to(vae.dtype)).latent_dist
+        law = _latents(vae, images)
         return law.mean * vae.config.scaling_factor, law.std * vae.config.scaling_factor
 
-    def prompt(text: str) -> dict[str, Tensor]:
+    def prompt(text: str, edge: int | None = None) -> dict[str, Tensor]:
+        """SD-XL is told the size of the square cut from the photo, where the cut begins in it (0, 0), and the size asked for."""
         device = pipe.unet.device
         if not two:
             return {"encoder_hidden_states": pipe.encode_prompt(text, device, 1, False)[0]}
         states, _, pooled, _ = pipe.encode_prompt(text, device=device, do_classifier_free_guidance=False)
-        ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=states.dtype, device=device)
+        was = edge or side
+        ids = torch.tensor([[was, was, 0, 0, side, side]], dtype=states.dtype, device=device)
         return {"encoder_hidden_states": states, "text_embeds": pooled, "time_ids": ids}
 
-    return Trainable(pipe, "unet", ATTENTION, side, encode, prompt, _unet_loss(pipe))
+    return Trainable(pipe, "unet", ATTENTION, side, encode, prompt, _unet_loss(pipe), "sdxl" if two else "sd")
+
+
+def _latents(vae: Any, images: Tensor) -> Any:
+    """The law of the images' latents, in float32 whatever the VAE's own precision: SD-XL's overflows in half."""
+    own = vae.dtype
+    try:
+        return vae.to(torch.float32).encode(images.float()).latent_dist
+    finally:
+        vae.to(own)
 
 
 def _flux(pipe: Any, resolution: int | None) -> Trainable:
@@ -130,10 +143,10 @@ def _flux(pipe: Any, resolution: int | None) -> Trainable:
     side = _side(pipe, resolution, pipe.default_sample_size * pipe.vae_scale_factor, pipe.vae_scale_factor * 2)
 
     def encode(images: Tensor) -> tuple[Tensor, Tensor]:
-        law, c = vae.encode(images.to(vae.dtype)).latent_dist, vae.config
+        law, c = _latents(vae, images), vae.config
         return (law.mean - c.shift_factor) * c.scaling_factor, law.std * c.scaling_factor
 
-    def prompt(text: str) -> dict[str, Tensor]:
+    def prompt(text: str, edge: int | None = None) -> dict[str, Tensor]:
         states, pooled, ids = pipe.encode_prompt(prompt=text, prompt_2=None, device=transformer.device)
         return {"encoder_hidden_states": states, "pooled_projections": pooled, "txt_ids": ids}
 
@@ -154,7 +167,13 @@ def _flux(pipe: Any, resolution: int | None) -> Trainable:
         ).sample
         return F.mse_loss(found.float(), pipe._pack_latents(noise - latents, n, c, h, w).float())
 
-    return Trainable(pipe, "transformer", FLUX_ATTENTION, side, encode, prompt, loss)
+    return Trainable(pipe, "transformer", FLUX_ATTENTION, side, encode, prompt, loss, "flux")
+
+
+def pick(conditions: Sequence[dict[str, Tensor]], rows: Tensor) -> dict[str, Tensor]:
+    """The conditioning of the samples of some images, an image a row; FLUX's text ids have no batch."""
+    first = conditions[0]
+    return {k: v if k == "txt_ids" else torch.cat([conditions[i][k] for i in rows.tolist()]) for k, v in first.items()}
 
 
 def repeat(condition: dict[str, Tensor], n: int) -> dict[str, Tensor]:
@@ -163,10 +182,19 @@ def repeat(condition: dict[str, Tensor], n: int) -> dict[str, Tensor]:
 
 
 def square(image: Any, side: int) -> Float[Tensor, "3 side side"]:
-    """The centre square of a PIL image, resized by Lanczos, in -1..1."""
-    import numpy
-    from PIL import Image
+    """The centre square of a PIL image, upright, on white where it is transparent, resized by Lanczos, in -1..1."""
+    return _cut(image, side)[0]
 
+
+def _cut(image: Any, side: int) -> tuple[Float[Tensor, "3 side side"], int]:
+    """`square`, and how many pixels of the image its side had."""
+    import numpy
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)  # a phone writes how it was held, and leaves the pixels as they fell
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     width, height = image.size
     edge = min(width, height)
     left, top = (width - edge) // 2, (height - edge) // 2
@@ -174,11 +202,14 @@ def square(image: Any, side: int) -> Float[Tensor, "3 side side"]:
     if edge != side:
         box = box.resize((side, side), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(numpy.asarray(box, dtype=numpy.float32).copy())
-    return pixels.permute(2, 0, 1) / 127.5 - 1
+    return pixels.permute(2, 0, 1) / 127.5 - 1, edge
 
 
-def images_of(given: Any, side: int) -> Float[Tensor, "n 3 side side"]:
-    """Paths or PIL images, one or several, as a batch; BadInput names the one that is not an image."""
+def images_of(given: Any, side: int) -> tuple[Float[Tensor, "n 3 side side"], list[int]]:
+    """Paths or PIL images, one or several, as a batch, and the side in pixels that was cut from each.
+
+    Raises: BadInput: naming the one that is not an image.
+    """
     from pathlib import Path
 
     from PIL import Image, UnidentifiedImageError
@@ -186,7 +217,7 @@ def images_of(given: Any, side: int) -> Float[Tensor, "n 3 side side"]:
     many: Sequence[Any] = given if isinstance(given, list | tuple) else [given]
     if not many:
         raise BadInput("customize needs at least one image, got none")
-    squares = []
+    found = []
     for one in many:
         if isinstance(one, str | Path):
             path = Path(one)
@@ -195,11 +226,11 @@ def images_of(given: Any, side: int) -> Float[Tensor, "n 3 side side"]:
             try:
                 with Image.open(path) as opened:
                     opened.load()
-                    squares.append(square(opened, side))
+                    found.append(_cut(opened, side))
             except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as e:
                 raise BadInput(f"{path} is not an image that can be read ({e})") from e
         elif isinstance(one, Image.Image):
-            squares.append(square(one, side))
+            found.append(_cut(one, side))
         else:
             raise BadInput(f"customize takes images as paths or PIL images, got {type(one).__name__}")
-    return torch.stack(squares)
+    return torch.stack([pixels for pixels, _ in found]), [edge for _, edge in found]

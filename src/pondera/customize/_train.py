@@ -5,6 +5,7 @@ import copy
 import hashlib
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -16,12 +17,41 @@ import torch
 from torch import Generator, Tensor
 
 from pondera._safetensors import appearing_file
-from pondera.errors import BadInput
+from pondera.errors import BadInput, needs_extra
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WHO, ADAPTER = "customize", "custom"
 _LATEST = "unfinished"  # folder of the checkpoint a stopped run goes on from
 _KEYS = "base_model.model."  # PEFT's prefix of saved tensors
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What is taken for a kind of base where nothing is said; `source` says whose it is."""
+
+    steps: int
+    r: int
+    r_min: int | None
+    optimizer: str
+    rate: float
+    clip: float | None
+    precision: str
+    guidance: float
+    sampling_steps: int
+    start: str
+    source: str
+
+
+_SDXL = "the authors' README for SD-XL: AdamW at 1e-4, no clipping, 800 steps, rank 64 and half of it at least"
+_FLUX = (
+    "the authors' FLUX trainer: Prodigy at 1, clipped at 1, 1,000 steps, rank 32 and 1 at least, bfloat16, guidance 3.5"
+)
+DEFAULTS = {
+    "sdxl": Defaults(800, 64, None, "adamw", 1e-4, None, "no", 5.0, 25, "ortho", _SDXL),
+    "sd": Defaults(800, 64, None, "adamw", 1e-4, None, "no", 5.0, 25, "ortho", f"no run of theirs; {_SDXL}"),
+    "pixels": Defaults(800, 64, None, "adamw", 1e-4, None, "no", 5.0, 25, "ortho", f"no run of theirs; {_SDXL}"),
+    "flux": Defaults(1000, 32, 1, "prodigy", 1.0, 1.0, "bf16", 3.5, 28, "lora", _FLUX),
+}
 
 
 @dataclass(frozen=True)
@@ -62,21 +92,25 @@ def customize(
     template: str = "a photo of {}",
     prompts: Sequence[str] = (),
     adapter: Any | None = None,
-    r: int = 64,
+    r: int | None = None,
     r_min: int | None = None,
-    steps: int = 800,
-    rate: float = 1e-4,
+    steps: int | None = None,
+    optimizer: str | None = None,
+    rate: float | None = None,
+    clip: float | None = None,
     batch: int = 1,
     timesteps: tuple[int, int] | None = None,
     resolution: int | None = None,
-    precision: str = "no",
+    precision: str | None = None,
     gradient_checkpointing: bool = False,
     seed: int = 0,
     save_every: int = 100,
     per_prompt: int = 4,
-    sampling_steps: int = 25,
-    guidance: float = 5.0,
+    sampling_steps: int | None = None,
+    guidance: float | None = None,
     device: str | torch.device | None = None,
+    config: str | Path | None = None,
+    download: bool = False,
     progress: bool = False,
 ) -> Customized:
     """Teach a diffusion pipeline one concept from one image.
@@ -85,27 +119,39 @@ def customize(
     puts them back on a pipeline), ``pytorch_lora_weights.safetensors`` (T-LoRA without its mask, or a LoRA, which any
     diffusers pipeline loads by ``load_lora_weights(out)``), ``customization.json`` (what was asked, losses), and with
     prompts ``samples/`` and ``grid.png``. A run stopped at any moment goes on where its last checkpoint was when called
-    again in the same words, and ends in the same adapter as a run in one go.
+    again in the same words, and ends in the same adapter as a run in one go. A finished one, called again in the same words
+    with prompts, draws them with the adapter there is.
 
     Args:
-        base: a diffusers pipeline, or the folder of one. Shapes of Stable Diffusion 1.5, SD-XL, FLUX, and the small
-            base of `pondera.customize.glyphs`. A pipeline given as an object is left with the trained adapter on it.
-        image: path or PIL image; a list if there are a few of the same concept. The centre square is used.
+        base: a diffusers pipeline, or where one lies, as `load_base` takes it: a folder, a single file with its `config`, an
+            id of the hub (from the cache; `download` brings it). Shapes of Stable Diffusion 1.5, SD-XL, FLUX, and the small
+            base of `pondera.customize.glyphs`. A pipeline given as an object is left with the trained adapter on it; a
+            customization it had is taken off first, and a LoRA it carries is fused into its weights, as diffusers'
+            ``fuse_lora`` does, and trained on.
+        image: path or PIL image; a list if there are a few of the same concept. The centre square is used, upright as the
+            camera was held; what is transparent is put on white.
         name: the concept's name in prompts, a rare word and a class: "sks dog".
         out: folder to write; new, or one where the same run was stopped.
         template: the training prompt, ``{}`` stands for the name.
-        prompts: what to draw when trained; ``{}`` stands for the name.
+        prompts: what to draw when trained; ``{}`` or ``{name}`` stands for the name.
         adapter: a PEFT configuration; by default `TLoraConfig` with `r` and `r_min` on the layers of the paper.
-        r, r_min: of the default adapter; 64 and r // 2 (the paper's SD-XL runs). Lowered to the smallest adapted layer.
-        steps, rate, batch: 800, 1e-4 and 1 (the authors' README); AdamW with decay 1e-4, constant rate, no clipping.
+        r, r_min, steps, optimizer, rate, clip, precision, guidance, sampling_steps: by the kind of base, as its authors
+            have them, where they are not given. Stable Diffusion, SD-XL and the small base: rank 64, at least half of it,
+            800 steps of AdamW at 1e-4 with decay 1e-4, no clipping, full precision; samples in 25 steps at guidance 5.0
+            (README for SD-XL). FLUX: rank 32, at least 1, 1,000 steps of Prodigy at 1 with gradients clipped at 1, bfloat16,
+            28 steps at 3.5 (their FLUX trainer). Ranks are lowered to the smallest adapted layer. optimizer: "adamw" or
+            "prodigy" (pytorch_optimizer's; decoupled decay 1e-4, bias correction, safeguard warm-up). clip: largest norm of
+            the gradients, 0 for none. precision: "no", "bf16" or "fp16" (a GPU only): autocast; the adapter itself stays
+            in float32, and so does the VAE's encoder.
+        batch: 1 (theirs).
         timesteps: train on t in this span only, of 0..T-1; all by default.
         resolution: pixels of the square training image; by default what the denoiser was built for.
-        precision: "no", "bf16" or "fp16" (a GPU only): autocast; the adapter itself stays in float32.
         gradient_checkpointing: keep fewer activations, compute them twice.
         seed: of the adapter's start, the noise and the timesteps.
         save_every: steps between checkpoints.
-        per_prompt, sampling_steps, guidance: of the samples; 25 steps and 5.0 (the authors' SD-XL settings).
+        per_prompt: images a prompt.
         device: by default a GPU if there is one.
+        config, download: of a base that is a single file, and of one of the hub.
         progress: show a bar.
 
     Returns: `Customized`; its ``.summary()`` says it in words.
@@ -122,31 +168,51 @@ def customize(
     >>> done.steps, done.folder.joinpath("adapter_model.safetensors").exists()
     (2, True)
     """
-    from pondera.customize._denoisers import images_of, repeat, trainable
+    from pondera.customize._denoisers import images_of, pick, trainable
 
-    _check(name, template, steps, rate, batch, precision, save_every, per_prompt)
+    asked_for = [worded(prompt, name) for prompt in prompts]
+    _check(name, template, batch, save_every, per_prompt)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if precision is not None and precision not in PRECISIONS:
+        raise BadInput(f"precision is one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "fp16" and where.type == "cpu":
         raise BadInput("fp16 training needs a GPU; on a CPU use precision 'bf16' or 'no'")
-    pipe = load_base(base, PRECISIONS[precision])
+    pipe = load_base(base, PRECISIONS[precision or _usual_precision(base)], config=config, download=download)
+    settle(pipe)
     made = trainable(pipe, resolution)
-    pixels = images_of(image, made.side)
+    usual = DEFAULTS[made.kind]
+    steps = usual.steps if steps is None else steps
+    optimizer, clip = optimizer or usual.optimizer, usual.clip if clip is None else clip
+    rate = (usual.rate if optimizer == usual.optimizer else RATES.get(optimizer, 0.0)) if rate is None else rate
+    precision = precision or usual.precision
+    _check_training(steps, optimizer, rate, clip)
+    pixels, edges = images_of(image, made.side)
     horizon = int(pipe.scheduler.config.num_train_timesteps)
     span = timesteps or (0, horizon)
     if not 0 <= span[0] < span[1] <= horizon:
         raise BadInput(f"timesteps needs 0 <= first < last <= {horizon}, got {span}")
-    config = adapter if adapter is not None else _default_adapter(made, r, r_min)
-    if config.target_modules is None:
-        config.target_modules = set(made.targets)
+    if r_min is None and r is None:
+        r_min = usual.r_min
+    chosen = adapter if adapter is not None else _default_adapter(made, usual.r if r is None else r, r_min)
+    if chosen.target_modules is None:
+        chosen.target_modules = set(made.targets)
 
     folder = Path(out)
     asked = {
-        "name": name, "template": template, "steps": steps, "rate": rate, "batch": batch, "timesteps": list(span),
-        "side": made.side, "precision": precision, "seed": seed, "base": type(pipe).__name__,
-        "image": hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16],
-        "adapter": _plain({k: v for k, v in config.to_dict().items() if v is not None and k != "revision"}),
+        "name": name, "template": template, "steps": steps, "optimizer": optimizer, "rate": rate, "clip": clip or 0.0,
+        "batch": batch, "timesteps": list(span), "side": made.side, "precision": precision, "seed": seed,
+        "base": type(pipe).__name__, "image": hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16],
+        "adapter": _plain({k: v for k, v in chosen.to_dict().items() if v is not None and k != "revision"}),
     }  # fmt: skip
-    _claim(folder, asked)
+    sampling: dict[str, Any] = {
+        "per_prompt": per_prompt, "steps": sampling_steps or usual.sampling_steps, "side": made.side, "seed": seed,
+        "guidance": usual.guidance if guidance is None else guidance,
+    }  # fmt: skip
+    if _claim(folder, asked, bool(asked_for)):
+        load_customized(pipe, folder)
+        samples = draw_samples(pipe.to(where), asked_for, folder, **sampling)
+        count = sum(x.numel() for n, x in made.denoiser.named_parameters() if "pondera" in n or "lora" in n)
+        return Customized(folder, steps, steps, torch.zeros(0), count, 0.0, samples)
 
     pipe.to(where)
     denoiser = made.denoiser
@@ -156,20 +222,19 @@ def customize(
             getattr(pipe, part).requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if ADAPTER in getattr(denoiser, "peft_config", {}):
-            denoiser.delete_adapters(ADAPTER)
-        denoiser.add_adapter(config, ADAPTER)
+        denoiser.add_adapter(chosen, ADAPTER)
     if gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     trained = [p for p in denoiser.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
+    mover = _optimizer(optimizer, trained, rate)
     scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
     with torch.no_grad():
         mean, deviation = made.encode(pixels.to(where))
-        condition = {k: v.to(where) for k, v in made.prompt(template.format(name)).items()}
+        told = [made.prompt(template.format(name), edge) for edge in edges]
+        conditions = [{k: v.to(where) for k, v in one.items()} for one in told]
     draw = Generator().manual_seed(seed)
     _begin(folder, asked)
-    begun = _go_on(folder, denoiser, optimizer, draw)
+    begun = _go_on(folder, denoiser, mover, scaler, draw)
 
     losses = torch.full((steps - begun,), math.nan)
     started, denoiser_mode = time.perf_counter(), denoiser.training
@@ -183,32 +248,32 @@ def customize(
             )
             latents = mean[rows] + deviation[rows] * wobble
             with _autocast(where, precision):
-                loss = made.loss(latents, noise, t, repeat(condition, batch))
+                loss = made.loss(latents, noise, t, pick(conditions, rows))
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise BadInput(
                     f"the loss became {value} at step {step}: lower the rate ({rate:g}) or use another precision "
                     f"({precision}); the last checkpoint is kept in {folder}"
                 )
-            optimizer.zero_grad(set_to_none=True)
+            mover.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
-            scaler.step(optimizer)
+            if clip:
+                scaler.unscale_(mover)
+                torch.nn.utils.clip_grad_norm_(trained, clip)
+            scaler.step(mover)
             scaler.update()
             losses[step - begun] = value
             advance(value)
             if (step + 1) % save_every == 0 and step + 1 < steps:
-                _checkpoint(folder, denoiser, optimizer, draw, step + 1)
+                _checkpoint(folder, denoiser, mover, scaler, draw, step + 1)
     seconds = time.perf_counter() - started
     denoiser.train(denoiser_mode)
     if gradient_checkpointing:
         denoiser.disable_gradient_checkpointing()
 
-    _save(folder, made.name, denoiser, config, {**asked, "loss_of_last_quarter": _mean(losses[-max(steps // 4, 1) :])})
+    _save(folder, made.name, denoiser, chosen, {**asked, "loss_of_last_quarter": _mean(losses[-max(steps // 4, 1) :])})
     shutil.rmtree(folder / _LATEST, ignore_errors=True)
-    samples = draw_samples(
-        pipe, [p.format(name) for p in prompts], folder, per_prompt=per_prompt, steps=sampling_steps, guidance=guidance,
-        side=made.side, seed=seed,
-    )  # fmt: skip
+    samples = draw_samples(pipe, asked_for, folder, **sampling)
     return Customized(folder, steps, begun, losses, sum(p.numel() for p in trained), seconds, samples)
 
 
@@ -242,8 +307,19 @@ def load_customized(pipe: Any, folder: str | Path, *, adapter_name: str = ADAPTE
     return pipe
 
 
-def load_base(base: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """A diffusers pipeline from a folder (or the pipeline itself); BadInput in one sentence if it is none."""
+def load_base(
+    base: Any, dtype: torch.dtype = torch.float32, *, config: str | Path | None = None, download: bool = False
+) -> Any:
+    """A diffusers pipeline from where it lies.
+
+    Args:
+        base: a pipeline (given back as it is); a folder of one, of full or only of half-precision files (``fp16``); a single
+            .safetensors checkpoint; or an id of the hub, "org/name", from its local cache.
+        dtype: of its weights.
+        config: for a single file, a folder of a pipeline of the same kind, its weights not needed: it says what is built.
+        download: get what the cache lacks from the hub.
+    Raises: BadInput: in one sentence, for what is none of these or does not load.
+    """
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
@@ -252,23 +328,88 @@ def load_base(base: Any, dtype: torch.dtype = torch.float32) -> Any:
         return base
     if not isinstance(base, str | Path):
         raise BadInput(f"base must be a diffusers pipeline or its folder, got {type(base).__name__}")
-    folder = Path(base)
-    if not folder.is_dir():
-        raise BadInput(f"base {folder} is not a pipeline: there is no such folder")
+    kind = {} if dtype == torch.float32 else {"torch_dtype": dtype}
+    if Path(base).is_file():
+        return _single_file(Path(base), config, kind)
+    folder = _located(base, download)
     index = folder / "model_index.json"
     if not index.is_file():
         raise BadInput(f"base {folder} is not a pipeline: it has no model_index.json")
-    kind = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     try:
         if json.loads(index.read_text()).get("_class_name") == "GlyphPipeline":
             from pondera.customize.glyphs import GlyphPipeline
 
             return GlyphPipeline.from_pretrained(folder, **kind)
-        return DiffusionPipeline.from_pretrained(folder, local_files_only=True, **kind)
+        variant = {"variant": "fp16"} if _only_half(folder) else {}
+        return DiffusionPipeline.from_pretrained(folder, local_files_only=True, **kind, **variant)
     except Exception as e:  # whatever a broken folder makes diffusers, transformers or safetensors raise
         raise BadInput(
             f"base {folder} is not a pipeline that loads: {type(e).__name__}: {str(e).splitlines()[0]}"
         ) from e
+
+
+def _located(base: str | Path, download: bool) -> Path:
+    """The folder of a base, for an id of the hub that in its cache."""
+    if Path(base).is_dir():
+        return Path(base)
+    name = Path(base).as_posix()
+    if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name) or Path(base).parent.exists():
+        raise BadInput(f"base {base} is not a pipeline: there is no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        skip = ["*.ckpt", "*.bin", "*.msgpack", "*.onnx*"]
+        return Path(snapshot_download(name, local_files_only=not download, ignore_patterns=skip))
+    except Exception as e:  # not in the cache, no network, no such id, no access
+        if download:
+            raise BadInput(f"base {name} cannot be brought from the hub: {' '.join(str(e).split())[:200]}") from None
+        raise BadInput(
+            f"base {name} is no folder here and not in the hub's cache; download=True (--download) brings it, or "
+            f"`hf download {name}`"
+        ) from None
+
+
+def _only_half(folder: Path) -> bool:
+    """Whether a part's weights are there in files called fp16 alone."""
+    for part in (p for p in folder.iterdir() if p.is_dir()):
+        half = [*part.glob("*.fp16.safetensors"), *part.glob("*.fp16-*.safetensors")]
+        if half and len(half) == len(list(part.glob("*.safetensors"))):
+            return True
+    return False
+
+
+def _single_file(path: Path, config: str | Path | None, kind: dict[str, Any]) -> Any:
+    import diffusers
+
+    if path.suffix != ".safetensors":
+        raise BadInput(f"base {path} is a file, and only .safetensors files are read")
+    if config is None:
+        raise BadInput(
+            f"base {path} is a single file: give config (--config) the folder of a pipeline of its kind, which says what to "
+            "build"
+        )
+    index = Path(config) / "model_index.json"
+    if not index.is_file():
+        raise BadInput(f"config {config} is not the folder of a pipeline: it has no model_index.json")
+    name = json.loads(index.read_text()).get("_class_name", "")
+    made = getattr(diffusers, str(name), None)
+    if made is None or not hasattr(made, "from_single_file"):
+        raise BadInput(f"config {config} names {name or 'no class'}, which diffusers does not read from a single file")
+    try:
+        return made.from_single_file(str(path), config=str(config), local_files_only=True, **kind)
+    except Exception as e:  # whatever a file that does not fit makes diffusers raise
+        raise BadInput(
+            f"base {path} does not load as {name}: {type(e).__name__}: {str(e).splitlines()[0][:200]}"
+        ) from e
+
+
+def _usual_precision(base: Any) -> str:
+    """The precision that a base's kind has by default, told from its folder before it is loaded; full where it cannot be."""
+    try:
+        name = json.loads((Path(base) / "model_index.json").read_text()).get("_class_name", "")
+    except (OSError, ValueError, TypeError):
+        name = type(base).__name__
+    return DEFAULTS["flux"].precision if str(name).startswith("Flux") else "no"
 
 
 def draw_samples(
@@ -310,18 +451,83 @@ def draw_samples(
 # -- inside -----------------------------------------------------------------------------------------------------------
 
 
-def _check(name: str, template: str, steps: int, rate: float, batch: int, precision: str, every: int, per: int) -> None:
+RATES = {"adamw": 1e-4, "prodigy": 1.0}  # of an optimizer that is not the base's usual one
+
+
+def worded(prompt: str, name: str) -> str:
+    """A prompt with the concept's name where ``{}`` or ``{name}`` stands; one without either stays.
+
+    >>> worded("a {name} on the moon", "sks dog")
+    'a sks dog on the moon'
+    """
+    if not isinstance(prompt, str):
+        raise BadInput(f"customize takes prompts as text, got {type(prompt).__name__}")
+    left = re.sub(r"\{(name)?\}", "", prompt)
+    if "{" in left or "}" in left:
+        raise BadInput(f"a prompt has {{}} or {{name}} where the name stands, and no other braces; got {prompt!r}")
+    return re.sub(r"\{(name)?\}", lambda _: name, prompt)
+
+
+def settle(pipe: Any) -> None:
+    """Take a customization off a pipeline, and fuse a LoRA it carries into its weights: what is left are plain layers."""
+    for part in ("unet", "transformer", "text_encoder", "text_encoder_2"):
+        model = getattr(pipe, part, None)
+        held = dict(getattr(model, "peft_config", None) or {})
+        if model is None or not held:
+            continue
+        if ADAPTER in held:
+            model.delete_adapters(ADAPTER)
+            held.pop(ADAPTER)
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for path, layer in [*model.named_modules()]:
+            if not isinstance(layer, BaseTunerLayer):
+                continue
+            if held:
+                try:
+                    layer.merge()  # those that are active, at their weights
+                except (BadInput, ValueError, NotImplementedError, AttributeError) as error:
+                    raise BadInput(
+                        f"the pipeline carries the adapter {', '.join(held)}, which cannot be fused to be trained on: {error}"
+                    ) from None
+            parent, _, last = path.rpartition(".")
+            setattr(model.get_submodule(parent), last, layer.get_base_layer())
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        model._hf_peft_config_loaded = False
+
+
+def _optimizer(kind: str, trained: list[torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    if kind == "adamw":
+        return torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
+    with needs_extra("customize with Prodigy", "diffusion"):
+        from pytorch_optimizer import Prodigy
+    made: torch.optim.Optimizer = Prodigy(
+        trained, lr=rate, betas=(0.9, 0.999), weight_decay=1e-4, weight_decouple=True, bias_correction=True,
+        safeguard_warmup=True,
+    )  # fmt: skip
+    return made
+
+
+def _check(name: str, template: str, batch: int, every: int, per: int) -> None:
     if not name.strip():
         raise BadInput("customize needs a name for the concept, such as 'sks dog'; got an empty one")
-    if template.count("{}") != 1:
+    if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
         raise BadInput(f"template needs one {{}} where the name stands, got {template!r}")
-    for what, value in (("steps", steps), ("batch", batch), ("save_every", every), ("per_prompt", per)):
-        if not isinstance(value, int) or value < 1:
+    for what, value in (("batch", batch), ("save_every", every), ("per_prompt", per)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise BadInput(f"customize needs {what} of at least 1, got {value!r}")
+
+
+def _check_training(steps: int, optimizer: str, rate: float, clip: float | None) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise BadInput(f"customize needs steps of at least 1, got {steps!r}")
+    if optimizer not in RATES:
+        raise BadInput(f"optimizer is one of {', '.join(RATES)}, got {optimizer!r}")
     if not rate > 0 or not math.isfinite(rate):
         raise BadInput(f"customize needs a rate above 0, got {rate!r}")
-    if precision not in PRECISIONS:
-        raise BadInput(f"precision is one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if clip is not None and not 0 <= clip < math.inf:
+        raise BadInput(f"customize needs a clip of at least 0, got {clip!r}")
 
 
 def _default_adapter(made: Any, r: int, r_min: int | None) -> Any:
@@ -338,7 +544,7 @@ def _default_adapter(made: Any, r: int, r_min: int | None) -> Any:
     if not sides:
         raise BadInput(f"{type(made.denoiser).__name__} has no layers named {', '.join(made.targets)}")
     rank = min(r, *sides)
-    start = "lora" if made.name == "transformer" else "ortho"
+    start = DEFAULTS[made.kind].start
     least = None if r_min is None else min(r_min, rank)
     return TLoraConfig(r=rank, r_min=least, start=start, target_modules=list(made.targets))
 
@@ -351,12 +557,17 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(getattr(value, "value", value))
 
 
-def _claim(folder: Path, asked: dict[str, Any]) -> None:
-    """Refuse a folder that holds something else; otherwise make it."""
+def _claim(folder: Path, asked: dict[str, Any], draws: bool) -> bool:
+    """Refuse a folder that holds something else; whether it holds this very customization, finished, to draw with."""
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"out {folder} is a file, a folder was needed")
     if (folder / "customization.json").exists():
-        raise BadInput(f"{folder} already holds a finished customization; name another folder, or remove it")
+        before = json.loads((folder / "customization.json").read_text())
+        other = sorted(k for k in asked if before.get(k) != asked[k])
+        if draws and not other:
+            return True
+        why = f"with other settings ({', '.join(other)})" if other else "(name prompts to draw with it)"
+        raise BadInput(f"{folder} already holds a finished customization {why}; name another folder, or remove it")
     note = folder / _LATEST / "asked.json"
     if note.exists():
         before = json.loads(note.read_text())
@@ -368,6 +579,7 @@ def _claim(folder: Path, asked: dict[str, Any]) -> None:
             )
     elif folder.is_dir() and any(p.name != _LATEST and not p.name.startswith(".") for p in folder.iterdir()):
         raise BadInput(f"out {folder} is not empty and holds no customization; name a new folder")
+    return False
 
 
 def _begin(folder: Path, asked: dict[str, Any]) -> None:
@@ -384,14 +596,15 @@ def _state(denoiser: Any) -> dict[str, Tensor]:
     return {k: v.detach().to("cpu").contiguous() for k, v in found.items()}
 
 
-def _checkpoint(folder: Path, denoiser: Any, optimizer: Any, draw: Generator, step: int) -> None:
+def _checkpoint(folder: Path, denoiser: Any, optimizer: Any, scaler: Any, draw: Generator, step: int) -> None:
     """Everything a stopped run needs, in a file that is replaced whole."""
     state = {"step": step, "adapter": _state(denoiser), "optimizer": optimizer.state_dict(), "draw": draw.get_state()}
+    state["scaler"] = scaler.state_dict()  # empty where it is off
     with appearing_file(folder / _LATEST / "state.pt", WHO) as file:
         torch.save(state, file)
 
 
-def _go_on(folder: Path, denoiser: Any, optimizer: Any, draw: Generator) -> int:
+def _go_on(folder: Path, denoiser: Any, optimizer: Any, scaler: Any, draw: Generator) -> int:
     """Load the checkpoint of a stopped run, if there is one; the step to go on from."""
     from peft.utils import set_peft_model_state_dict
 
@@ -404,6 +617,8 @@ def _go_on(folder: Path, denoiser: Any, optimizer: Any, draw: Generator) -> int:
         raise BadInput(f"the checkpoint {path} cannot be read ({e}); remove it to begin again") from e
     set_peft_model_state_dict(denoiser, state["adapter"], adapter_name=ADAPTER)
     optimizer.load_state_dict(state["optimizer"])
+    if state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
     draw.set_state(state["draw"])
     return int(state["step"])
 
