@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import inspect
 import json
 import math
 import re
@@ -51,6 +52,9 @@ DEFAULTS = {
     "sd": Defaults(800, 64, None, "adamw", 1e-4, None, "no", 5.0, 25, "ortho", f"no run of theirs; {_SDXL}"),
     "pixels": Defaults(800, 64, None, "adamw", 1e-4, None, "no", 5.0, 25, "ortho", f"no run of theirs; {_SDXL}"),
     "flux": Defaults(1000, 32, 1, "prodigy", 1.0, 1.0, "bf16", 3.5, 28, "lora", _FLUX),
+    "flux2": Defaults(1000, 32, 1, "prodigy", 1.0, 1.0, "bf16", 4.0, 28, "lora", f"no run of theirs; {_FLUX}"),
+    "sd3": Defaults(1000, 32, 1, "prodigy", 1.0, 1.0, "bf16", 7.0, 28, "lora", f"no run of theirs; {_FLUX}"),
+    "sana": Defaults(1000, 32, 1, "prodigy", 1.0, 1.0, "bf16", 4.5, 20, "lora", f"no run of theirs; {_FLUX}"),
 }
 
 
@@ -409,7 +413,8 @@ def _usual_precision(base: Any) -> str:
         name = json.loads((Path(base) / "model_index.json").read_text()).get("_class_name", "")
     except (OSError, ValueError, TypeError):
         name = type(base).__name__
-    return DEFAULTS["flux"].precision if str(name).startswith("Flux") else "no"
+    known = ("Flux", "StableDiffusion3", "Sana")
+    return DEFAULTS["flux"].precision if str(name).startswith(known) else "no"
 
 
 def draw_samples(
@@ -430,7 +435,9 @@ def draw_samples(
         return {}
     (folder / "samples").mkdir(exist_ok=True)
     pipe.set_progress_bar_config(disable=True)
-    size = {} if not hasattr(pipe, "vae") else {"height": side, "width": side}
+    size: dict[str, Any] = {} if not hasattr(pipe, "vae") else {"height": side, "width": side}
+    if "use_resolution_binning" in inspect.signature(type(pipe).__call__).parameters:
+        size["use_resolution_binning"] = False  # the size is what was trained on
     found: dict[str, list[Path]] = {}
     pictures = []
     for row, prompt in enumerate(prompts):
