@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pondera.adapters import TLoraConfig, at_timestep
-from pondera.customize import customize, load_base, load_customized
+from pondera.customize import customize, export, load_base, load_customized
+from pondera.customize._extras import masks_of, rate_share, read_log
 from pondera.customize._train import worded
 from pondera.errors import BadInput
 
@@ -49,8 +50,8 @@ def test_trained_saved_loaded_and_sampled(kind, tmp_path):
     note = json.loads((tmp_path / "out" / "customization.json").read_text())
     assert note["name"] == "sks dog"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "customization.json", "grid.png",
-        "pytorch_lora_weights.safetensors", "samples",
+        "adapter_config.json", "adapter_model.safetensors", "customization.json", "grid.png", "losses.csv", "page.html",
+        "pytorch_lora_weights.safetensors", "samples", "step-00001",
     ]  # fmt: skip
 
     plain, masked, lora = PIPELINES[kind](), PIPELINES[kind](), PIPELINES[kind]()
@@ -429,3 +430,262 @@ def test_gradients_are_clipped_and_prodigy_moves(tmp_path):
     for words in ({"clip": -1.0}, {"optimizer": "sgd"}):
         with pytest.raises(BadInput, match="clip of at least 0|optimizer is one of adamw, prodigy"):
             customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "c", **SMALL, **words)
+
+
+# -- along the way -----------------------------------------------------------------------------------------------------
+
+
+def rows(folder):
+    return read_log(folder)
+
+
+def test_kept_adapters_load_and_do_not_change_the_run(tmp_path):
+    words = {**SMALL, "steps": 6, "rate": 1e-2, "prompts": ["a {}"]}
+    customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "a", keep_every=2, **words)
+    customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "b", keep_every=0, **words)
+    a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a), "what is drawn on the way is not drawn from the run's draws"
+    assert [p.name for p in sorted((tmp_path / "a").glob("step-*"))] == ["step-00002", "step-00004"]
+    assert not list((tmp_path / "b").glob("step-*"))
+    customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "c", **{**words, "steps": 4})
+    c = load_file(tmp_path / "c" / "adapter_model.safetensors")
+    kept = load_file(tmp_path / "a" / "step-00004" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[k], c[k]) for k in c), "the adapter of a run that ends there"
+    early, late = (load_customized(PIPELINES["sd15"](), tmp_path / n) for n in ("a/step-00002", "a"))
+    assert numpy.abs(pixels(early) - pixels(late)).max() > 1e-6
+    assert Image.open(tmp_path / "a" / "step-00002" / "grid.png").size == (128, 128)
+
+
+def test_the_log_has_each_draw_once_even_after_a_stop(tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def stop(step, loss):
+        if step == 5:
+            raise Stopped
+
+    words = {**SMALL, "steps": 7, "save_every": 2, "accumulate": 2}
+    with pytest.raises(Stopped):
+        customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "cut", on_step=stop, **words)
+    done = customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "cut", **words)
+    assert done.resumed_at == 4
+    customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "whole", **words)
+    cut, whole = rows(tmp_path / "cut"), rows(tmp_path / "whole")
+    assert [r["step"] for r in cut] == [s for s in range(7) for _ in "12"]
+    assert [(r["timestep"], r["loss"]) for r in cut] == [(r["timestep"], r["loss"]) for r in whole]
+
+
+def test_a_callback_sees_each_step_and_may_end_the_run(tmp_path):
+    seen = []
+    done = customize(
+        PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "out", on_step=lambda *a: seen.append(a) or len(seen) == 3,
+        **{**SMALL, "steps": 9},
+    )  # fmt: skip
+    assert [s for s, _ in seen] == [1, 2, 3]
+    assert (done.steps, len(done.losses)) == (3, 3)
+    load_customized(PIPELINES["sd15"](), tmp_path / "out")
+
+
+def test_the_page_opens_offline_and_shows_the_run(tmp_path):
+    customize(
+        PIPELINES["sd15"](),
+        IMAGE,
+        "sks <dog>",
+        tmp_path / "out",
+        prompts=["a {}"],
+        keep_every=20,
+        **{**SMALL, "steps": 40},
+    )
+    page = (tmp_path / "out" / "page.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "after 20 steps" in page
+    assert "at the end" in page
+    assert "<svg" in page
+    assert "sks &lt;dog&gt;" in page
+    assert "://" not in page.replace("http://www.w3.org", "")
+
+
+def test_tensorboard_gets_the_losses(tmp_path):
+    customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "out", log=f"tensorboard:{tmp_path / 'board'}", **SMALL)
+    assert list((tmp_path / "board").glob("events*"))
+    with pytest.raises(BadInput, match="'tensorboard:FOLDER' or 'wandb'"):
+        customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "x", log="comet", **SMALL)
+
+
+# -- what else it can be given -----------------------------------------------------------------------------------------
+
+
+def test_gradients_of_several_draws_are_averaged(tmp_path):
+    """Two draws of one are one step on their mean: as a batch of two of the same draws would be."""
+    from pondera.customize._denoisers import trainable
+
+    pipe = PIPELINES["sd15"]()
+    customize(
+        pipe, IMAGE, "sks dog", tmp_path / "a", accumulate=2, adapter=peft.LoraConfig(r=2, target_modules=["to_q"]),
+        **{**SMALL, "steps": 1, "rate": 1e-3},
+    )  # fmt: skip
+    log = rows(tmp_path / "a")
+    assert len(log) == 2
+    assert log[0]["timestep"] != log[1]["timestep"]
+    note = json.loads((tmp_path / "a" / "customization.json").read_text())
+    assert note["accumulate"] == 2
+    assert trainable(pipe, 32).kind == "sd"
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_rate_takes_its_course(schedule, tmp_path):
+    customize(
+        PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "out", schedule=schedule, warmup=2, **{**SMALL, "steps": 6}
+    )
+    rates = [r["rate"] / 1e-4 for r in rows(tmp_path / "out")]
+    assert rates == pytest.approx([rate_share(schedule, s, 6, 2) for s in range(6)], rel=1e-4)
+    assert rates[:2] == pytest.approx([0.5, 1.0])
+    assert (rates[-1] < 0.3) == (schedule != "constant")
+
+
+def test_min_snr_weighs_as_its_equations_say():
+    from pondera.customize._denoisers import min_snr_weight, trainable
+
+    made = trainable(PIPELINES["sd15"](), 32)
+    kept = made.pipe.scheduler.alphas_cumprod
+    t = torch.tensor([0, 400, 999])
+    snr = kept[t] / (1 - kept[t])
+    assert torch.allclose(min_snr_weight(made, t, 5.0), torch.minimum(snr, torch.tensor(5.0)) / snr, rtol=1e-4)
+    latents, noise = torch.randn(3, 4, 16, 16), torch.randn(3, 4, 16, 16)
+    condition = {k: v.expand(3, *v.shape[1:]) for k, v in made.prompt("a sks dog").items()}
+    weight = torch.tensor([1.0, 0.0, 2.0])
+    each = [made.loss(latents[i : i + 1], noise[i : i + 1], t[i : i + 1], made.prompt("a sks dog")) for i in range(3)]
+    with torch.no_grad():
+        assert made.loss(latents, noise, t, condition, weight).item() == pytest.approx(
+            float((each[0] + 2 * each[2]) / 3), rel=1e-4
+        )
+    with pytest.raises(BadInput, match="straight lines"):
+        min_snr_weight(trainable(PIPELINES["flux"](), 32), t, 5.0)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "flux", "sd3", "sana"])
+def test_the_loss_counts_within_the_mask_alone(kind):
+    from pondera.customize._denoisers import trainable
+
+    made = trainable(PIPELINES[kind](), 32)
+    latents = made.encode(torch.rand(1, 3, 32, 32) * 2 - 1)[0].detach()
+    noise, t, told = torch.randn(latents.shape), torch.tensor([300]), made.prompt("a sks dog")
+    whole, half = torch.ones(1, 1, *latents.shape[-2:]), torch.zeros(1, 1, *latents.shape[-2:])
+    half[..., : latents.shape[-1] // 2] = 1
+    with torch.no_grad():
+        plain, all_of_it, part, rest = (
+            made.loss(latents, noise, t, told, None, m).item() for m in (None, whole, half, 1 - half)
+        )
+    assert all_of_it == pytest.approx(plain, rel=1e-5)
+    assert (part + rest) / 2 == pytest.approx(plain, rel=1e-4)
+    assert part != pytest.approx(rest, rel=1e-3)
+
+
+def test_masks_given_and_of_transparency(tmp_path):
+    cut_out = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    cut_out.paste((0, 0, 255, 255), (0, 0, 16, 32))
+    like = torch.zeros(1, 4, 16, 16)
+    found = masks_of("alpha", [cut_out], like, 32)
+    assert found[0, 0].sum() == 16 * 8
+    assert found[0, 0, :, :8].all()
+    white = Image.new("L", (32, 32), 0)
+    white.paste(255, (0, 0, 16, 32))
+    assert torch.equal(masks_of(white, [IMAGE], like, 32), found)
+    done = customize(PIPELINES["sd15"](), cut_out, "sks dog", tmp_path / "out", mask="alpha", **SMALL)
+    assert torch.isfinite(done.losses).all()
+    for given, words in (
+        ("alpha", "opaque"),
+        ([white, white], "2 for 1"),
+        (Image.new("L", (32, 32)), "black all over"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "x", mask=given, **SMALL)
+
+
+def test_prior_preservation_draws_the_class_once_and_trains_on_it(tmp_path):
+    words = {**SMALL, "rate": 1e-2, "class_prompt": "a photo of a dog", "class_count": 3}
+    customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "a", **words)
+    drawn = sorted((tmp_path / "a" / "class").glob("*.png"))
+    assert len(drawn) == 3
+    assert all(numpy.isfinite(r["prior"]) for r in rows(tmp_path / "a"))
+    customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "b", class_images=tmp_path / "a" / "class", **words)
+    a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a), "the same images, given"
+    customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "c", **{**SMALL, "rate": 1e-2})
+    c = load_file(tmp_path / "c" / "adapter_model.safetensors")
+    assert any(not torch.equal(a[k], c[k]) for k in a)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(BadInput, match="has no images"):
+        customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "d", class_images=tmp_path / "none", **words)
+
+
+def test_a_base_in_four_bits_trains(tmp_path):
+    done = customize(PIPELINES["sdxl"](), IMAGE, "sks dog", tmp_path / "out", four_bits=True, **{**SMALL, "steps": 3})
+    assert torch.isfinite(done.losses).all()
+    load_customized(PIPELINES["sdxl"](), tmp_path / "out")
+
+
+# -- for other programs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_exported_in_16_bits_it_is_the_plain_lora(kind, tmp_path):
+    settings = {**SMALL, "rate": 1e-2, "optimizer": "adamw", "precision": "no"}
+    customize(PIPELINES[kind](), IMAGE, "sks dog", tmp_path / "out", **settings)
+    done = export(tmp_path / "out", tmp_path / "x.safetensors", base=PIPELINES[kind](), dtype="bfloat16")
+    assert done.bytes == (tmp_path / "x.safetensors").stat().st_size
+    assert all(v.dtype == torch.bfloat16 for v in load_file(tmp_path / "x.safetensors").values())
+    one, other = PIPELINES[kind](), PIPELINES[kind]()
+    one.load_lora_weights(tmp_path / "out")
+    other.load_lora_weights(tmp_path, weight_name="x.safetensors")
+    assert numpy.abs(pixels(one) - pixels(other)).max() < 5e-3
+    assert len(done.difference) == 5
+    assert "at t = 50" in done.summary()
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_kohyas_keys_go_and_come_back(kind, tmp_path):
+    customize(PIPELINES[kind](), IMAGE, "sks dog", tmp_path / "out", **{**SMALL, "rate": 1e-2})
+    export(tmp_path / "out", tmp_path / "k.safetensors", form="kohya", dtype="float32")
+    keys = list(load_file(tmp_path / "k.safetensors"))
+    assert all(k.startswith("lora_unet_") for k in keys)
+    assert {k.partition(".")[2] for k in keys} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    one, other = PIPELINES[kind](), PIPELINES[kind]()
+    one.load_lora_weights(tmp_path / "out")
+    other.load_lora_weights(tmp_path, weight_name="k.safetensors")
+    assert numpy.abs(pixels(one) - pixels(other)).max() < 1e-4
+
+
+def test_what_the_mask_is_worth_is_measured(tmp_path):
+    """All components at every timestep are exact at the clean end alone; those of t = 900 are nearer at the noisy end."""
+    customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "out", **{**SMALL, "steps": 6, "rate": 1e-2})
+    every, noisy = (
+        export(tmp_path / "out", tmp_path / f"{t}.safetensors", at=t, base=PIPELINES["sd15"](), dtype="float32")
+        for t in (0, 900)
+    )
+    assert every.difference[850] > noisy.difference[850]
+    assert (every.rank, noisy.rank) == (8, 4)
+    half = export(tmp_path / "out", tmp_path / "half.safetensors", strength=0.5, dtype="float32")
+    a, b = (load_file(tmp_path / f"{n}.safetensors") for n in ("0", "half"))
+    assert all(torch.allclose(b[k], a[k] * (0.5 if "lora_B" in k else 1)) for k in a)
+    weak, full = load_customized(PIPELINES["sd15"](), tmp_path / "out", strength=0.0), PIPELINES["sd15"]()
+    assert numpy.abs(pixels(weak) - pixels(full)).max() < 1e-6
+    assert half.difference == {}
+
+
+def test_refused_exports(tmp_path):
+    settings = {**SMALL, "optimizer": "adamw", "precision": "no"}
+    customize(PIPELINES["flux"](), IMAGE, "sks dog", tmp_path / "out", **settings)
+    x = tmp_path / "x.safetensors"
+    for call, words in (
+        (lambda: export(tmp_path / "out", x, form="gguf"), "form diffusers, kohya, comfyui"),
+        (lambda: export(tmp_path / "out", x, dtype="int8"), "float16, bfloat16, float32"),
+        (lambda: export(tmp_path / "out", tmp_path / "x.bin"), r"\.safetensors file"),
+        (lambda: export(tmp_path, x), "no finished customization"),
+        (lambda: export(tmp_path / "out", x, form="kohya"), "UNets only"),
+        (lambda: export(tmp_path / "out", x, at=1001), "from 0 to 1000"),
+    ):
+        with pytest.raises(BadInput, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert not x.exists()

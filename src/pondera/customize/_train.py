@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,12 @@ class Customized:
             f" half, {last:.4f} in the second; {drawn} samples; all in {self.folder}"
         )
 
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write the page of the run, one HTML file that opens offline; by default into its folder."""
+        from pondera.report._customization import write
+
+        return write(self.folder, path or self.folder / "page.html")
+
 
 def customize(
     base: Any,
@@ -107,24 +113,41 @@ def customize(
     resolution: int | None = None,
     precision: str | None = None,
     gradient_checkpointing: bool = False,
+    accumulate: int = 1,
+    schedule: str = "constant",
+    warmup: int = 0,
+    min_snr: float | None = None,
+    mask: Any | None = None,
+    class_prompt: str | None = None,
+    class_images: str | Path | None = None,
+    class_count: int = 100,
+    prior_weight: float = 1.0,
+    four_bits: bool = False,
     seed: int = 0,
     save_every: int = 100,
+    keep_every: int | None = None,
     per_prompt: int = 4,
     sampling_steps: int | None = None,
     guidance: float | None = None,
     device: str | torch.device | None = None,
     config: str | Path | None = None,
     download: bool = False,
+    log: str | None = None,
+    on_step: Callable[[int, float], object] | None = None,
     progress: bool = False,
 ) -> Customized:
     """Teach a diffusion pipeline one concept from one image.
 
     What it leaves in `out`: ``adapter_config.json`` and ``adapter_model.safetensors`` (PEFT's format; `load_customized`
     puts them back on a pipeline), ``pytorch_lora_weights.safetensors`` (T-LoRA without its mask, or a LoRA, which any
-    diffusers pipeline loads by ``load_lora_weights(out)``), ``customization.json`` (what was asked, losses), and with
-    prompts ``samples/`` and ``grid.png``. A run stopped at any moment goes on where its last checkpoint was when called
-    again in the same words, and ends in the same adapter as a run in one go. A finished one, called again in the same words
-    with prompts, draws them with the adapter there is.
+    diffusers pipeline loads by ``load_lora_weights(out)``), ``customization.json`` (what was asked), ``losses.csv``,
+    ``page.html`` (the run to look at: samples along training, losses, settings), and with prompts ``samples/`` and
+    ``grid.png``. Each ``step-00200/`` is the adapter as it was then, with a grid of its own, and loads as `out` does: whether
+    400 or 800 steps is a choice made by looking.
+
+    A run stopped at any moment goes on where its last checkpoint was when called again in the same words, and ends in the
+    same adapter as a run in one go. A finished one, called again in the same words with prompts, draws them with the
+    adapter there is.
 
     Args:
         base: a diffusers pipeline, or where one lies, as `load_base` takes it: a folder, a single file with its `config`, an
@@ -151,11 +174,23 @@ def customize(
         timesteps: train on t in this span only, of 0..T-1; all by default.
         resolution: pixels of the square training image; by default what the denoiser was built for.
         gradient_checkpointing: keep fewer activations, compute them twice.
+        accumulate: draws of noise a step, of `batch` each, whose gradients are averaged.
+        schedule, warmup: "constant" (theirs), "linear" or "cosine" to 0, after so many steps of rising.
+        min_snr: gamma of Min-SNR weights of the timesteps (5 in its paper, arXiv 2303.09556); of UNets only.
+        mask: where the subject is: an image (or one for each), white on it, or "alpha" for images that are transparent around
+            it. The loss counts there alone, as the authors' FLUX trainer does on request.
+        class_prompt: trains along on images of the class, "a photo of a dog", so that it stays what it was (prior preservation,
+            DreamBooth): those in the folder `class_images`, else `class_count` drawn by the base first, into ``out/class``.
+            Their loss counts `prior_weight` times (1; theirs where it is on).
+        four_bits: hold the denoiser's own weights as NF4 (bitsandbytes), as QLoRA does; it stays so on a pipeline given.
         seed: of the adapter's start, the noise and the timesteps.
-        save_every: steps between checkpoints.
+        save_every: steps between checkpoints that a stopped run goes on from.
+        keep_every: steps between the adapters that are kept, a quarter of all by default; 0 keeps none.
         per_prompt: images a prompt.
         device: by default a GPU if there is one.
         config, download: of a base that is a single file, and of one of the hub.
+        log: also log to "tensorboard:FOLDER", or to "wandb" (whose package must be there).
+        on_step: called with the number of steps done and the loss after each; what it returns True for ends the run there.
         progress: show a bar.
 
     Returns: `Customized`; its ``.summary()`` says it in words.
@@ -172,10 +207,16 @@ def customize(
     >>> done.steps, done.folder.joinpath("adapter_model.safetensors").exists()
     (2, True)
     """
-    from pondera.customize._denoisers import images_of, pick, trainable
+    from pondera.customize import _extras as extras
+    from pondera.customize._denoisers import images_of, min_snr_weight, pick, trainable
 
     asked_for = [worded(prompt, name) for prompt in prompts]
-    _check(name, template, batch, save_every, per_prompt)
+    _check(name, template, batch=batch, accumulate=accumulate, save_every=save_every, per_prompt=per_prompt)
+    if schedule not in extras.SCHEDULES:
+        raise BadInput(f"schedule is one of {', '.join(extras.SCHEDULES)}, got {schedule!r}")
+    if min_snr is not None and not 0 < min_snr < math.inf:
+        raise BadInput(f"customize needs min_snr above 0, got {min_snr!r}")
+    tell = extras.logger(log, name)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if precision is not None and precision not in PRECISIONS:
         raise BadInput(f"precision is one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -206,6 +247,11 @@ def customize(
         "name": name, "template": template, "steps": steps, "optimizer": optimizer, "rate": rate, "clip": clip or 0.0,
         "batch": batch, "timesteps": list(span), "side": made.side, "precision": precision, "seed": seed,
         "base": type(pipe).__name__, "image": hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16],
+        **_said(
+            accumulate=(accumulate, 1), schedule=(schedule, "constant"), warmup=(warmup, 0), min_snr=(min_snr, None),
+            mask=(_of_mask(mask), None), class_prompt=(class_prompt, None), prior_weight=(prior_weight, 1.0),
+            four_bits=(four_bits, False),
+        ),
         "adapter": _plain({k: v for k, v in chosen.to_dict().items() if v is not None and k != "revision"}),
     }  # fmt: skip
     sampling: dict[str, Any] = {
@@ -216,11 +262,23 @@ def customize(
         load_customized(pipe, folder)
         samples = draw_samples(pipe.to(where), asked_for, folder, **sampling)
         count = sum(x.numel() for n, x in made.denoiser.named_parameters() if "pondera" in n or "lora" in n)
-        return Customized(folder, steps, steps, torch.zeros(0), count, 0.0, samples)
+        done = Customized(folder, steps, steps, torch.zeros(0), count, 0.0, samples)
+        done.report()
+        return done
 
     pipe.to(where)
     denoiser = made.denoiser
     denoiser.requires_grad_(False)
+    many = list(image) if isinstance(image, (list, tuple)) else [image]
+    with torch.no_grad():
+        mean, deviation = made.encode(pixels.to(where))
+        told = [made.prompt(template.format(name), edge) for edge in edges]
+        conditions = [{k: v.to(where) for k, v in one.items()} for one in told]
+    inside = None if mask is None else extras.masks_of(mask, many, mean, made.side).to(where)
+    if min_snr is not None:
+        min_snr_weight(made, torch.zeros(1, dtype=torch.long), min_snr)
+    if four_bits:
+        extras.in_four_bits(denoiser)
     for part in ("vae", "text_encoder", "text_encoder_2"):
         if getattr(pipe, part, None) is not None:
             getattr(pipe, part).requires_grad_(False)
@@ -232,35 +290,82 @@ def customize(
     trained = [p for p in denoiser.parameters() if p.requires_grad]
     mover = _optimizer(optimizer, trained, rate)
     scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
-    with torch.no_grad():
-        mean, deviation = made.encode(pixels.to(where))
-        told = [made.prompt(template.format(name), edge) for edge in edges]
-        conditions = [{k: v.to(where) for k, v in one.items()} for one in told]
-    draw = Generator().manual_seed(seed)
     _begin(folder, asked)
-    begun = _go_on(folder, denoiser, mover, scaler, draw)
+    prior = None
+    if class_prompt is not None:
+        drawing = {"num_inference_steps": sampling["steps"], "guidance_scale": sampling["guidance"]}
+        denoiser.disable_adapters()
+        with torch.no_grad():
+            paths = extras.class_images(
+                pipe, class_prompt, folder, class_count, class_images, drawing | _size(pipe, made.side)
+            )
+            seen, sides = images_of(paths, made.side)
+            law = [made.encode(one[None].to(where)) for one in seen]
+            also = made.prompt(class_prompt, sides[0])
+        denoiser.enable_adapters()
+        for p in trained:  # disabling froze them
+            p.requires_grad_(True)
+        prior = (
+            torch.cat([m for m, _ in law]),
+            torch.cat([d for _, d in law]),
+            {k: v.to(where) for k, v in also.items()},
+        )
+    draw, draw_class = Generator().manual_seed(seed), Generator().manual_seed(seed + 1)
+    begun = _go_on(folder, denoiser, mover, scaler, draw, draw_class)
 
     losses = torch.full((steps - begun,), math.nan)
+    base_rates = [group["lr"] for group in mover.param_groups]
+    every = max(1, steps // 4) if keep_every is None else keep_every
     started, denoiser_mode = time.perf_counter(), denoiser.training
+
+    def one_loss(latents: Tensor, t: Tensor, noise: Tensor, condition: dict[str, Tensor], within: Any) -> Tensor:
+        weight = None if min_snr is None else min_snr_weight(made, t, min_snr)
+        with _autocast(where, precision):
+            return made.loss(latents, noise, t, condition, weight, within)
+
+    def drawn(rows: Tensor, from_: tuple[Tensor, Tensor], g: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, timesteps and noise of some images."""
+        t = torch.randint(*span, (len(rows),), generator=g).to(where)
+        noise, wobble = (
+            torch.randn(len(rows), *from_[0].shape[1:], generator=g).to(where, from_[0].dtype) for _ in range(2)
+        )
+        return from_[0][rows] + from_[1][rows] * wobble, t, noise
+
     denoiser.train()
+    book = extras.LossLog(folder, begun, tell)
+    _aside(pipe, made.name, where)
     with _bar(progress, steps, begun) as advance:
         for step in range(begun, steps):
-            rows = torch.randint(len(mean), (batch,), generator=draw)
-            t = torch.randint(*span, (batch,), generator=draw).to(where)
-            noise, wobble = (
-                torch.randn(batch, *mean.shape[1:], generator=draw).to(where, mean.dtype) for _ in range(2)
-            )
-            latents = mean[rows] + deviation[rows] * wobble
-            with _autocast(where, precision):
-                loss = made.loss(latents, noise, t, pick(conditions, rows))
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise BadInput(
-                    f"the loss became {value} at step {step}: lower the rate ({rate:g}) or use another precision "
-                    f"({precision}); the last checkpoint is kept in {folder}"
-                )
+            share = extras.rate_share(schedule, step, steps, warmup)
+            for group, whole in zip(mover.param_groups, base_rates, strict=True):
+                group["lr"] = whole * share
             mover.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            value = 0.0
+            for _ in range(accumulate):
+                rows = torch.randint(len(mean), (batch,), generator=draw)
+                latents, t, noise = drawn(rows, (mean, deviation), draw)
+                loss = one_loss(latents, t, noise, pick(conditions, rows), None if inside is None else inside[rows])
+                kept = math.nan
+                total = loss
+                if prior is not None:
+                    others = torch.randint(len(prior[0]), (batch,), generator=draw_class)
+                    latents, t2, noise = drawn(others, prior[:2], draw_class)
+                    of_class = one_loss(
+                        latents, t2, noise, pick([prior[2]], torch.zeros(batch, dtype=torch.long)), None
+                    )
+                    kept, total = float(of_class.detach()), loss + prior_weight * of_class
+                seen_loss = float(loss.detach())
+                value += seen_loss / accumulate
+                if not math.isfinite(seen_loss) or (prior is not None and not math.isfinite(kept)):
+                    raise BadInput(
+                        f"the loss became {seen_loss} at step {step}: lower the rate ({rate:g}) or use another precision "
+                        f"({precision}); the last checkpoint is kept in {folder}"
+                    )
+                scaler.scale(total / accumulate if accumulate > 1 else total).backward()
+                book.add(
+                    step=step, timestep=float(t.float().mean()), loss=seen_loss, prior=kept, rate=rate * share,
+                    seconds=time.perf_counter() - started,
+                )  # fmt: skip
             if clip:
                 scaler.unscale_(mover)
                 torch.nn.utils.clip_grad_norm_(trained, clip)
@@ -268,22 +373,43 @@ def customize(
             scaler.update()
             losses[step - begun] = value
             advance(value)
-            if (step + 1) % save_every == 0 and step + 1 < steps:
-                _checkpoint(folder, denoiser, mover, scaler, draw, step + 1)
+            at = step + 1
+            stop = on_step is not None and on_step(at, value) is True
+            if every and at % every == 0 and at < steps and not stop:
+                _keep(
+                    folder / f"step-{at:05d}", pipe, made, chosen, {**asked, "at_step": at}, asked_for, sampling, where
+                )
+            if at % save_every == 0 and at < steps and not stop:
+                _checkpoint(folder, denoiser, mover, scaler, (draw, draw_class), at)
+            if stop:
+                steps, losses = at, losses[: at - begun]
+                break
+    book.close()
     seconds = time.perf_counter() - started
     denoiser.train(denoiser_mode)
     if gradient_checkpointing:
         denoiser.disable_gradient_checkpointing()
 
-    _save(folder, made.name, denoiser, chosen, {**asked, "loss_of_last_quarter": _mean(losses[-max(steps // 4, 1) :])})
+    count = sum(p.numel() for p in trained)
+    note = {"loss_of_last_quarter": _mean(losses[-max(steps // 4, 1) :]), "ended_at": steps, "trainable": count}
+    _save(folder, made.name, denoiser, chosen, {**asked, **note})
     shutil.rmtree(folder / _LATEST, ignore_errors=True)
+    pipe.to(where)
     samples = draw_samples(pipe, asked_for, folder, **sampling)
-    return Customized(folder, steps, begun, losses, sum(p.numel() for p in trained), seconds, samples)
+    done = Customized(folder, steps, begun, losses, count, seconds, samples)
+    done.report()
+    return done
 
 
-def load_customized(pipe: Any, folder: str | Path, *, adapter_name: str = ADAPTER) -> Any:
+def load_customized(pipe: Any, folder: str | Path, *, adapter_name: str = ADAPTER, strength: float = 1.0) -> Any:
     """Put a customization back on a pipeline of the same base, mask and all; returns the pipeline.
 
+    Args:
+        pipe: the pipeline, changed.
+        folder: of a finished customization, or one of its ``step-...``.
+        adapter_name: of the adapter on the denoiser.
+        strength: the change is taken so many times; also later, by ``denoiser.set_adapters([adapter_name], [strength])``.
+            With how many components it is sampled follows the mask; `pondera.adapters.at_timestep` holds that of one timestep.
     Raises: BadInput: if `folder` holds no finished customization or its tensors do not fit the pipeline.
     """
     import peft
@@ -308,6 +434,8 @@ def load_customized(pipe: Any, folder: str | Path, *, adapter_name: str = ADAPTE
     if found.unexpected_keys:
         raise BadInput(f"the customization in {folder} has tensors this pipeline lacks: {found.unexpected_keys[:3]}")
     made.denoiser.requires_grad_(False)
+    if strength != 1.0:
+        made.denoiser.set_adapters([adapter_name], [float(strength)])
     return pipe
 
 
@@ -435,9 +563,7 @@ def draw_samples(
         return {}
     (folder / "samples").mkdir(exist_ok=True)
     pipe.set_progress_bar_config(disable=True)
-    size: dict[str, Any] = {} if not hasattr(pipe, "vae") else {"height": side, "width": side}
-    if "use_resolution_binning" in inspect.signature(type(pipe).__call__).parameters:
-        size["use_resolution_binning"] = False  # the size is what was trained on
+    size = _size(pipe, side)
     found: dict[str, list[Path]] = {}
     pictures = []
     for row, prompt in enumerate(prompts):
@@ -453,6 +579,14 @@ def draw_samples(
     shown = [p if min(p.size) >= 64 else p.resize((p.width * 4, p.height * 4), 0) for p in pictures]
     make_image_grid(shown, rows=len(prompts), cols=per_prompt).save(folder / "grid.png")
     return found
+
+
+def _size(pipe: Any, side: int) -> dict[str, Any]:
+    """What a pipeline is told so that it draws squares of this side."""
+    size: dict[str, Any] = {} if not hasattr(pipe, "vae") else {"height": side, "width": side}
+    if "use_resolution_binning" in inspect.signature(type(pipe).__call__).parameters:
+        size["use_resolution_binning"] = False  # the size is what was trained on
+    return size
 
 
 # -- inside -----------------------------------------------------------------------------------------------------------
@@ -516,12 +650,57 @@ def _optimizer(kind: str, trained: list[torch.nn.Parameter], rate: float) -> tor
     return made
 
 
-def _check(name: str, template: str, batch: int, every: int, per: int) -> None:
+def _said(**settings: tuple[Any, Any]) -> dict[str, Any]:
+    """Settings that are not as they are when nothing is said, so that runs of before go on."""
+    return {k: v for k, (v, usual) in settings.items() if v != usual}
+
+
+def _of_mask(mask: Any) -> str | None:
+    """What tells one mask from another."""
+    if mask is None or isinstance(mask, str):
+        return mask
+    many = list(mask) if isinstance(mask, (list, tuple)) else [mask]
+    parts = [
+        Path(m).read_bytes() if isinstance(m, (str, Path)) and Path(m).is_file() else str(m).encode() for m in many
+    ]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def _aside(pipe: Any, denoiser: str, where: torch.device) -> None:
+    """The parts that are not trained wait on the CPU: their work is done, latents and prompts are kept."""
+    if where.type == "cpu":
+        return
+    for name, part in pipe.components.items():
+        if name != denoiser and isinstance(part, torch.nn.Module):
+            part.to("cpu")
+    torch.cuda.empty_cache()
+
+
+def _keep(
+    at: Path, pipe: Any, made: Any, config: Any, note: dict[str, Any], prompts: Sequence[str], sampling: dict[str, Any],
+    where: torch.device,
+) -> None:  # fmt: skip
+    """The adapter as it is now, in a folder of its own, with a grid: one image a prompt. Nothing is drawn from the run's draws."""
+    if (at / "customization.json").exists():
+        return
+    at.mkdir(exist_ok=True)
+    _save(at, made.name, made.denoiser, config, note)
+    if not prompts:
+        return
+    made.denoiser.eval()
+    pipe.to(where)
+    with torch.random.fork_rng(), torch.no_grad():
+        draw_samples(pipe, prompts, at, **{**sampling, "per_prompt": 1})
+    _aside(pipe, made.name, where)
+    made.denoiser.train()
+
+
+def _check(name: str, template: str, **counts: object) -> None:
     if not name.strip():
         raise BadInput("customize needs a name for the concept, such as 'sks dog'; got an empty one")
     if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
         raise BadInput(f"template needs one {{}} where the name stands, got {template!r}")
-    for what, value in (("batch", batch), ("save_every", every), ("per_prompt", per)):
+    for what, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise BadInput(f"customize needs {what} of at least 1, got {value!r}")
 
@@ -544,7 +723,7 @@ def _default_adapter(made: Any, r: int, r_min: int | None) -> Any:
     from pondera.adapters import TLoraConfig
 
     sides = [
-        min(m.weight.shape)
+        min(m.in_features, m.out_features)
         for n, m in made.denoiser.named_modules()
         if isinstance(m, nn.Linear) and any(n == t or n.endswith("." + t) for t in made.targets)
     ]
@@ -603,15 +782,18 @@ def _state(denoiser: Any) -> dict[str, Tensor]:
     return {k: v.detach().to("cpu").contiguous() for k, v in found.items()}
 
 
-def _checkpoint(folder: Path, denoiser: Any, optimizer: Any, scaler: Any, draw: Generator, step: int) -> None:
+def _checkpoint(
+    folder: Path, denoiser: Any, optimizer: Any, scaler: Any, draws: tuple[Generator, Generator], step: int
+) -> None:
     """Everything a stopped run needs, in a file that is replaced whole."""
-    state = {"step": step, "adapter": _state(denoiser), "optimizer": optimizer.state_dict(), "draw": draw.get_state()}
+    state = {"step": step, "adapter": _state(denoiser), "optimizer": optimizer.state_dict()}
+    state |= {"draw": draws[0].get_state(), "draw_class": draws[1].get_state()}
     state["scaler"] = scaler.state_dict()  # empty where it is off
     with appearing_file(folder / _LATEST / "state.pt", WHO) as file:
         torch.save(state, file)
 
 
-def _go_on(folder: Path, denoiser: Any, optimizer: Any, scaler: Any, draw: Generator) -> int:
+def _go_on(folder: Path, denoiser: Any, optimizer: Any, scaler: Any, draw: Generator, draw_class: Generator) -> int:
     """Load the checkpoint of a stopped run, if there is one; the step to go on from."""
     from peft.utils import set_peft_model_state_dict
 
@@ -627,6 +809,8 @@ def _go_on(folder: Path, denoiser: Any, optimizer: Any, scaler: Any, draw: Gener
     if state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
     draw.set_state(state["draw"])
+    if "draw_class" in state:
+        draw_class.set_state(state["draw_class"])
     return int(state["step"])
 
 
