@@ -75,3 +75,9 @@ def test_a_zoo_is_made_shown_and_goes_on(pondera):
     refused(pondera("zoo", "make", "classifiers", "-o", "zoo2", "--set", "width"), "NAME=NUMBER")
     refused(pondera("zoo", "make", "digits-inrs", "-o", "zoo", "--n", "6"), "another recipe")
     refused(pondera("zoo", "show", "m.safetensors"), "no zoo")
+
+
+def test_export_refuses_in_words(pondera):
+    refused(pondera("export", "m.safetensors", "-o", "x.safetensors"), "no finished customization")
+    refused(pondera("export", "m.safetensors", "-o", "x.bin"), ".safetensors file")
+    refused(pondera("export", ".", "-o", "x.safetensors", "--form", "gguf"), "diffusers, kohya, comfyui")
