@@ -84,7 +84,9 @@ def test_a_unet_alone_as_a_peft_model(tmp_path):
     assert torch.allclose(alone(x, 20, text).sample, pipe.unet(x, 20, text).sample, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"gradient_checkpointing": True}, {"batch": 3}])
+@pytest.mark.parametrize(
+    "options", [{"precision": "bf16"}, {"gradient_checkpointing": True}, {"batch": 3}, {"optimizer": "adamw8bit"}]
+)
 def test_options_train_too(options, tmp_path):
     done = customize(PIPELINES["sd15"](), [IMAGE, IMAGE.rotate(90)], "sks dog", tmp_path / "out", **SMALL, **options)
     assert torch.isfinite(done.losses).all()
@@ -428,7 +430,7 @@ def test_gradients_are_clipped_and_prodigy_moves(tmp_path):
     moved = load_file(tmp_path / "b" / "adapter_model.safetensors")
     assert any(not torch.equal(start[k], moved[k]) for k in start)
     for words in ({"clip": -1.0}, {"optimizer": "sgd"}):
-        with pytest.raises(BadInput, match="clip of at least 0|optimizer is one of adamw, prodigy"):
+        with pytest.raises(BadInput, match="clip of at least 0|optimizer is one of adamw, adamw8bit, prodigy"):
             customize(PIPELINES["sd15"](), IMAGE, "sks dog", tmp_path / "c", **SMALL, **words)
 
 
@@ -689,3 +691,128 @@ def test_refused_exports(tmp_path):
             call()
         assert "\n" not in str(caught.value)
     assert not x.exists()
+
+
+# -- bases of other forms ----------------------------------------------------------------------------------------------
+
+RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2", "out_layers.3": "conv2",
+          "skip_connection": "conv_shortcut"}  # fmt: skip
+OF_VAE = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "conv_shortcut"}
+
+
+def as_one_file(pipe):
+    """The weights of a small Stable Diffusion 1.5 under the names of a checkpoint as CompVis wrote them."""
+    found, unet, vae = {}, pipe.unet.state_dict(), pipe.vae.state_dict()
+
+    def take(new, old, source, names=None):
+        for k, v in source.items():
+            if not k.startswith(old):
+                continue
+            rest = k.removeprefix(old)
+            if names is not None:
+                for theirs, ours in names.items():
+                    if rest.startswith(ours + "."):
+                        found[new + theirs + rest.removeprefix(ours)] = v
+                        break
+            else:
+                found[new + rest] = v
+
+    u = "model.diffusion_model."
+    take(f"{u}time_embed.0", "time_embedding.linear_1", unet)
+    take(f"{u}time_embed.2", "time_embedding.linear_2", unet)
+    take(f"{u}input_blocks.0.0", "conv_in", unet)
+    take(f"{u}out.0", "conv_norm_out", unet)
+    take(f"{u}out.2", "conv_out", unet)
+    for i in (0, 1):  # two levels of one layer
+        take(f"{u}input_blocks.{1 + 2 * i}.0.", f"down_blocks.{i}.resnets.0.", unet, RESNET)
+        take(f"{u}input_blocks.{1 + 2 * i}.1.", f"down_blocks.{i}.attentions.0.", unet)
+        take(f"{u}input_blocks.{2 + 2 * i}.0.op.", f"down_blocks.{i}.downsamplers.0.conv.", unet)
+        for j in (0, 1):
+            take(f"{u}output_blocks.{2 * i + j}.0.", f"up_blocks.{i}.resnets.{j}.", unet, RESNET)
+            take(f"{u}output_blocks.{2 * i + j}.1.", f"up_blocks.{i}.attentions.{j}.", unet)
+    take(f"{u}output_blocks.1.2.conv.", "up_blocks.0.upsamplers.0.conv.", unet)
+    for i in (0, 1):
+        take(f"{u}middle_block.{2 * i}.", f"mid_block.resnets.{i}.", unet, RESNET)
+    take(f"{u}middle_block.1.", "mid_block.attentions.0.", unet)
+    f = "first_stage_model."
+    for side, blocks in (("encoder", "down"), ("decoder", "up")):
+        for name in ("conv_in", "conv_out"):
+            take(f"{f}{side}.{name}", f"{side}.{name}", vae)
+        take(f"{f}{side}.norm_out", f"{side}.conv_norm_out", vae)
+        for i in (0, 1):
+            there = i if side == "encoder" else 1 - i
+            for j in (0, 1):
+                take(f"{f}{side}.{blocks}.{there}.block.{j}.", f"{side}.{blocks}_blocks.{i}.resnets.{j}.", vae, OF_VAE)
+            scale = "downsample" if side == "encoder" else "upsample"
+            take(f"{f}{side}.{blocks}.{there}.{scale}.conv.", f"{side}.{blocks}_blocks.{i}.{scale}rs.0.conv.", vae)
+            take(f"{f}{side}.mid.block_{i + 1}.", f"{side}.mid_block.resnets.{i}.", vae, OF_VAE)
+        own = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+        take(f"{f}{side}.mid.attn_1.", f"{side}.mid_block.attentions.0.", vae, own)
+    for k in [k for k in found if ".attn_1." in k and k.endswith("weight") and ".norm." not in k]:
+        found[k] = found[k][:, :, None, None]
+    take(f"{f}quant_conv", "quant_conv", vae)
+    take(f"{f}post_quant_conv", "post_quant_conv", vae)
+    take("cond_stage_model.transformer.", "", pipe.text_encoder.state_dict())
+    if not any(k.startswith("cond_stage_model.transformer.text_model.") for k in found):
+        for k in [k for k in found if k.startswith("cond_stage_model.transformer.")]:
+            found[k.replace("transformer.", "transformer.text_model.", 1)] = found.pop(k)
+    return {k: v.contiguous() for k, v in found.items()}
+
+
+def test_a_single_file_is_a_base_with_the_folder_that_says_what_to_build(tmp_path):
+    from safetensors.torch import save_file
+
+    pipe = PIPELINES["sd15"]()
+    pipe.save_pretrained(tmp_path / "config")
+    save_file(as_one_file(pipe), tmp_path / "one.safetensors")
+    for part in ("unet", "vae", "text_encoder"):
+        for file in (tmp_path / "config" / part).glob("*.safetensors"):
+            file.unlink()  # the config needs no weights
+    loaded = load_base(tmp_path / "one.safetensors", config=tmp_path / "config")
+    assert numpy.abs(pixels(loaded) - pixels(PIPELINES["sd15"]())).max() < 1e-5
+    done = customize(
+        tmp_path / "one.safetensors", IMAGE, "sks dog", tmp_path / "out", config=tmp_path / "config", **SMALL
+    )
+    assert torch.isfinite(done.losses).all()
+
+
+def test_flux_2s_loss_is_that_of_its_pipelines_own_parts():
+    """Its text encoder is too large to build here: the conditioning is given, the rest is the real thing, small."""
+    from types import SimpleNamespace
+
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
+    from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
+
+    from pondera.adapters import TLoraConfig
+    from pondera.customize._denoisers import trainable
+
+    torch.manual_seed(0)
+    transformer = Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=True,
+    ).eval()  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4, norm_num_groups=4, sample_size=32, layers_per_block=1,
+    ).eval()  # fmt: skip
+    pipe = Flux2Pipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer)
+    pipe.encode_prompt = lambda prompt, device: (torch.ones(1, 3, 16), torch.zeros(1, 3, 4))
+    made = trainable(pipe, 32)
+    assert made.kind == "flux2"
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        mean, _ = made.encode(image)
+        assert torch.allclose(mean, pipe._encode_vae_image(image, None), atol=1e-5), "as its pipeline encodes an image"
+    transformer.add_adapter(TLoraConfig(r=4, r_min=1, start="lora", target_modules=made.targets), "custom")
+    noise, t = torch.randn_like(mean), torch.tensor([499])
+    loss = made.loss(mean, noise, t, made.prompt("a sks dog"))
+    loss.backward()
+    assert any(p.grad is not None for p in transformer.parameters() if p.requires_grad)
+    seen = {}
+    hook = transformer.register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
+    made.loss(mean, noise, t, made.prompt("a sks dog"))
+    hook.remove()
+    halfway = pipe._pack_latents((mean + noise) / 2)
+    assert torch.allclose(seen["hidden_states"], halfway, atol=1e-6)
+    assert seen["timestep"].item() == 0.5
+    assert SimpleNamespace(**seen).img_ids.shape[-1] == 4

@@ -42,7 +42,7 @@ def customize(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; 800, or 1,000 for FLUX.")] = None,
     optimizer: Annotated[
-        str | None, typer.Option(help="adamw (SD, SD-XL) or prodigy, which finds its own rate (FLUX).")
+        str | None, typer.Option(help="adamw (SD, SD-XL), adamw8bit, or prodigy, which finds its own rate (FLUX).")
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Learning rate; 1e-4 for adamw, 1 for prodigy.")] = None,
     clip: Annotated[

@@ -166,8 +166,9 @@ def customize(
             have them, where they are not given. Stable Diffusion, SD-XL and the small base: rank 64, at least half of it,
             800 steps of AdamW at 1e-4 with decay 1e-4, no clipping, full precision; samples in 25 steps at guidance 5.0
             (README for SD-XL). FLUX: rank 32, at least 1, 1,000 steps of Prodigy at 1 with gradients clipped at 1, bfloat16,
-            28 steps at 3.5 (their FLUX trainer). Ranks are lowered to the smallest adapted layer. optimizer: "adamw" or
-            "prodigy" (pytorch_optimizer's; decoupled decay 1e-4, bias correction, safeguard warm-up). clip: largest norm of
+            28 steps at 3.5 (their FLUX trainer). Ranks are lowered to the smallest adapted layer. optimizer: "adamw",
+            "adamw8bit" (bitsandbytes', its state in 8 bits) or "prodigy" (pytorch_optimizer's; decoupled decay 1e-4, bias
+            correction, safeguard warm-up). clip: largest norm of
             the gradients, 0 for none. precision: "no", "bf16" or "fp16" (a GPU only): autocast; the adapter itself stays
             in float32, and so does the VAE's encoder.
         batch: 1 (theirs).
@@ -592,7 +593,7 @@ def _size(pipe: Any, side: int) -> dict[str, Any]:
 # -- inside -----------------------------------------------------------------------------------------------------------
 
 
-RATES = {"adamw": 1e-4, "prodigy": 1.0}  # of an optimizer that is not the base's usual one
+RATES = {"adamw": 1e-4, "adamw8bit": 1e-4, "prodigy": 1.0}  # of an optimizer that is not the base's usual one
 
 
 def worded(prompt: str, name: str) -> str:
@@ -641,6 +642,11 @@ def settle(pipe: Any) -> None:
 def _optimizer(kind: str, trained: list[torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
     if kind == "adamw":
         return torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
+    if kind == "adamw8bit":
+        with needs_extra("customize with AdamW in 8 bits", "adapters"):
+            import bitsandbytes as bnb  # type: ignore[import-untyped]
+        small: torch.optim.Optimizer = bnb.optim.AdamW8bit(trained, lr=rate, betas=(0.9, 0.999), weight_decay=1e-4)
+        return small
     with needs_extra("customize with Prodigy", "diffusion"):
         from pytorch_optimizer import Prodigy
     made: torch.optim.Optimizer = Prodigy(

@@ -107,10 +107,8 @@ def _samples(folder: Path) -> str:
         f"src='data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}'><figcaption>{escape(where)}</figcaption></figure>"
         for when, path, where in shown
     ]
-    return (
-        "<p>A row a prompt, the same noise at every step: what changes from grid to grid is what was learnt.</p>"
-        + "".join(parts)
-    )
+    words = "<p>A row a prompt, the same noise at every step: what changes from grid to grid is what was learnt.</p>"
+    return f"{words}<div style='display:flex;flex-wrap:wrap;gap:0 1.5rem;align-items:flex-start'>{''.join(parts)}</div>"
 
 
 def _settings(note: dict[str, Any]) -> str:
