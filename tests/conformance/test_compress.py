@@ -42,12 +42,24 @@ def fresh(dtype=torch.float32):
 
 # how a method is called: (model, calibration batches (inputs, targets), loss) -> report
 METHODS = {
+    "fisher_svd": lambda model, data, loss: pondera.compress.fisher_svd(model, data, 0.6, loss=loss),
     "magnitude_prune": lambda model, data, loss: pondera.compress.magnitude_prune(model, 0.4),
     "quantize": lambda model, data, loss: pondera.compress.quantize(model, 3),
 }
 BLIND = {"magnitude_prune", "quantize"}  # look at no data
 # public names that are no method of this form; each has tests of its own
-OTHERS = {"LowRankLinear", "bake", "cost", "density", "hold_masks", "masks_of", "quantize_tensor"}
+OTHERS = {
+    "LowRankLinear",
+    "bake",
+    "cost",
+    "density",
+    "fisher_factors",
+    "hold_masks",
+    "masks_of",
+    "nearest_kronecker",
+    "quantize_tensor",
+    "weighted_svd",
+}
 EVERY = sorted(METHODS)
 
 

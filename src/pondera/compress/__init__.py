@@ -12,6 +12,7 @@ magnitude_prune: 2 of 2 weights changed, 211 of 2,112 numbers held (10.0%), 0.00
 
 from pondera.compress._report import CompressReport, LayerChange
 from pondera.compress.cost import Cost, cost
+from pondera.compress.fisher_svd import fisher_factors, fisher_svd, nearest_kronecker, weighted_svd
 from pondera.compress.grid import Quantised, quantize, quantize_tensor
 from pondera.compress.low_rank import LowRankLinear
 from pondera.compress.masks import bake, density, hold_masks, magnitude_prune, masks_of
@@ -25,9 +26,13 @@ __all__ = [
     "bake",
     "cost",
     "density",
+    "fisher_factors",
+    "fisher_svd",
     "hold_masks",
     "magnitude_prune",
     "masks_of",
+    "nearest_kronecker",
     "quantize",
     "quantize_tensor",
+    "weighted_svd",
 ]
