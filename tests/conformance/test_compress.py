@@ -45,6 +45,7 @@ METHODS = {
     "fisher_svd": lambda model, data, loss: pondera.compress.fisher_svd(model, data, 0.6, loss=loss),
     "magnitude_prune": lambda model, data, loss: pondera.compress.magnitude_prune(model, 0.4),
     "quantize": lambda model, data, loss: pondera.compress.quantize(model, 3),
+    "requant": lambda model, data, loss: pondera.compress.requant(model, data, 3, loss=loss),
 }
 BLIND = {"magnitude_prune", "quantize"}  # look at no data
 # public names that are no method of this form; each has tests of its own
@@ -57,6 +58,7 @@ OTHERS = {
     "hold_masks",
     "masks_of",
     "nearest_kronecker",
+    "post_quantization_integral",
     "quantize_tensor",
     "weighted_svd",
 }
