@@ -44,6 +44,7 @@ def fresh(dtype=torch.float32):
 METHODS = {
     "fisher_svd": lambda model, data, loss: pondera.compress.fisher_svd(model, data, 0.6, loss=loss),
     "magnitude_prune": lambda model, data, loss: pondera.compress.magnitude_prune(model, 0.4),
+    "ompq": lambda model, data, loss: pondera.compress.ompq(model, data, 3.0, loss=loss),
     "quantize": lambda model, data, loss: pondera.compress.quantize(model, 3),
     "requant": lambda model, data, loss: pondera.compress.requant(model, data, 3, loss=loss),
 }
@@ -51,6 +52,7 @@ BLIND = {"magnitude_prune", "quantize"}  # look at no data
 # public names that are no method of this form; each has tests of its own
 OTHERS = {
     "LowRankLinear",
+    "allocate_bits",
     "bake",
     "cost",
     "density",
@@ -58,6 +60,7 @@ OTHERS = {
     "hold_masks",
     "masks_of",
     "nearest_kronecker",
+    "orthogonality",
     "post_quantization_integral",
     "quantize_tensor",
     "weighted_svd",

@@ -16,6 +16,7 @@ from pondera.compress.fisher_svd import fisher_factors, fisher_svd, nearest_kron
 from pondera.compress.grid import Quantised, quantize, quantize_tensor
 from pondera.compress.low_rank import LowRankLinear
 from pondera.compress.masks import bake, density, hold_masks, magnitude_prune, masks_of
+from pondera.compress.ompq import Orthogonality, allocate_bits, ompq, orthogonality
 from pondera.compress.requant import post_quantization_integral, requant
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "Cost",
     "LayerChange",
     "LowRankLinear",
+    "Orthogonality",
     "Quantised",
+    "allocate_bits",
     "bake",
     "cost",
     "density",
@@ -33,6 +36,8 @@ __all__ = [
     "magnitude_prune",
     "masks_of",
     "nearest_kronecker",
+    "ompq",
+    "orthogonality",
     "post_quantization_integral",
     "quantize",
     "quantize_tensor",
