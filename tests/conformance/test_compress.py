@@ -44,6 +44,7 @@ def fresh(dtype=torch.float32):
 METHODS = {
     "fisher_svd": lambda model, data, loss: pondera.compress.fisher_svd(model, data, 0.6, loss=loss),
     "magnitude_prune": lambda model, data, loss: pondera.compress.magnitude_prune(model, 0.4),
+    "net_trim": lambda model, data, loss: pondera.compress.net_trim(model, data, 0.1, loss=loss),
     "ompq": lambda model, data, loss: pondera.compress.ompq(model, data, 3.0, loss=loss),
     "quantize": lambda model, data, loss: pondera.compress.quantize(model, 3),
     "requant": lambda model, data, loss: pondera.compress.requant(model, data, 3, loss=loss),
@@ -60,6 +61,7 @@ OTHERS = {
     "hold_masks",
     "masks_of",
     "nearest_kronecker",
+    "net_trim_weight",
     "orthogonality",
     "post_quantization_integral",
     "quantize_tensor",

@@ -16,6 +16,7 @@ from pondera.compress.fisher_svd import fisher_factors, fisher_svd, nearest_kron
 from pondera.compress.grid import Quantised, quantize, quantize_tensor
 from pondera.compress.low_rank import LowRankLinear
 from pondera.compress.masks import bake, density, hold_masks, magnitude_prune, masks_of
+from pondera.compress.net_trim import Trimmed, net_trim, net_trim_weight
 from pondera.compress.ompq import Orthogonality, allocate_bits, ompq, orthogonality
 from pondera.compress.requant import post_quantization_integral, requant
 
@@ -26,6 +27,7 @@ __all__ = [
     "LowRankLinear",
     "Orthogonality",
     "Quantised",
+    "Trimmed",
     "allocate_bits",
     "bake",
     "cost",
@@ -36,6 +38,8 @@ __all__ = [
     "magnitude_prune",
     "masks_of",
     "nearest_kronecker",
+    "net_trim",
+    "net_trim_weight",
     "ompq",
     "orthogonality",
     "post_quantization_integral",
