@@ -12,6 +12,14 @@ magnitude_prune: 2 of 2 weights changed, 211 of 2,112 numbers held (10.0%), 0.00
 
 from pondera.compress._report import CompressReport, LayerChange
 from pondera.compress.cost import Cost, cost
+from pondera.compress.evolution_tickets import (
+    SNES,
+    Evolved,
+    SepCMAES,
+    evolution_tickets,
+    evolve,
+    signal_to_noise_prune,
+)
 from pondera.compress.fisher_svd import fisher_factors, fisher_svd, nearest_kronecker, weighted_svd
 from pondera.compress.grid import Quantised, quantize, quantize_tensor
 from pondera.compress.low_rank import LowRankLinear
@@ -21,17 +29,22 @@ from pondera.compress.ompq import Orthogonality, allocate_bits, ompq, orthogonal
 from pondera.compress.requant import post_quantization_integral, requant
 
 __all__ = [
+    "SNES",
     "CompressReport",
     "Cost",
+    "Evolved",
     "LayerChange",
     "LowRankLinear",
     "Orthogonality",
     "Quantised",
+    "SepCMAES",
     "Trimmed",
     "allocate_bits",
     "bake",
     "cost",
     "density",
+    "evolution_tickets",
+    "evolve",
     "fisher_factors",
     "fisher_svd",
     "hold_masks",
@@ -46,5 +59,6 @@ __all__ = [
     "quantize",
     "quantize_tensor",
     "requant",
+    "signal_to_noise_prune",
     "weighted_svd",
 ]
