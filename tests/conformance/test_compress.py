@@ -70,12 +70,16 @@ OTHERS = {
     "evolve",
     "fisher_factors",
     "hold_masks",
+    "load_compressed",
     "masks_of",
     "nearest_kronecker",
     "net_trim_weight",
     "orthogonality",
     "post_quantization_integral",
+    "prune_files",
+    "quantize_files",
     "quantize_tensor",
+    "svd_files",
     "weighted_svd",
 }
 EVERY = sorted(METHODS)

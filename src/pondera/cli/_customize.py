@@ -15,25 +15,50 @@ def customize(
     name: Annotated[
         str | None, typer.Option(help='The concept in prompts, a rare word and a class: "sks dog".')
     ] = None,
-    base: Annotated[Path | None, typer.Option(help="Folder of a diffusers pipeline: SD 1.5, SD-XL or FLUX.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="SD 1.5, SD-XL or FLUX: the folder of a diffusers pipeline, a .safetensors file with --config, or an id of the "
+            "hub in its cache."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="For a single file: the folder of a pipeline of its kind, weights not needed.")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Bring a base of the hub that is not in the cache.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("customized"),
     prompts: Annotated[
         list[str] | None,
-        typer.Option(help='Draw this when trained; {} stands for the name: "{} on the moon". Repeatable.'),
+        typer.Option(help='Draw this when trained; {} or {name} stands for the name: "{} on the moon". Repeatable.'),
     ] = None,
     template: Annotated[str, typer.Option(help="The training prompt; {} stands for the name.")] = "a photo of {}",
-    rank: Annotated[int, typer.Option("--rank", "-r", help="Components of the adapter.")] = 64,
-    r_min: Annotated[int | None, typer.Option(help="Components that are on at pure noise; half the rank.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 800,
-    rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-4,
+    rank: Annotated[
+        int | None, typer.Option("--rank", "-r", help="Components of the adapter; 64 (SD, SD-XL) or 32 (FLUX).")
+    ] = None,
+    r_min: Annotated[
+        int | None, typer.Option(help="Components that are on at pure noise; half the rank, or 1 for FLUX.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; 800, or 1,000 for FLUX.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw (SD, SD-XL) or prodigy, which finds its own rate (FLUX).")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Learning rate; 1e-4 for adamw, 1 for prodigy.")] = None,
+    clip: Annotated[
+        float | None, typer.Option(help="Largest norm of the gradients, 0 for none; 1 for FLUX, none else.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Noisy copies of the image in a step.")] = 1,
     resolution: Annotated[int | None, typer.Option(help="Pixels of the square training image; the base's own.")] = None,
-    precision: Annotated[str, typer.Option(help="no, bf16 or fp16 (a GPU only).")] = "no",
+    precision: Annotated[str | None, typer.Option(help="no (SD, SD-XL), bf16 (FLUX) or fp16 (a GPU only).")] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the adapter's start, the noise and the samples.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
     per_prompt: Annotated[int, typer.Option(help="Images a prompt.")] = 4,
+    sampling_steps: Annotated[int | None, typer.Option(help="Steps of a sample; 25, or 28 for FLUX.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Of the samples; 5.0, or 3.5 for FLUX.")] = None,
     demo: Annotated[
         bool,
         typer.Option(
@@ -45,7 +70,8 @@ def customize(
     """Teach a diffusion model one concept from one image, by T-LoRA.
 
     Leaves an adapter that `pondera.customize.load_customized` puts back on the pipeline, LoRA weights that every diffusers
-    pipeline loads, and a grid of samples. Stopped at any moment, the same command goes on from its last checkpoint.
+    pipeline loads, and a grid of samples. Stopped at any moment, the same command goes on from its last checkpoint; when it
+    is finished, the same command with other --prompts draws them. What is not said is what the authors have for the kind of base.
     """
     if demo:
         _demo(out, image, base, seed, quiet)
@@ -59,14 +85,15 @@ def customize(
     from pondera.customize import customize as run
 
     done = run(
-        base, image, str(name), out, template=template, prompts=prompts or (), r=rank, r_min=r_min, steps=steps, rate=rate,
-        batch=batch, resolution=resolution, precision=precision, gradient_checkpointing=gradient_checkpointing, seed=seed,
-        per_prompt=per_prompt, progress=not quiet,
+        base, image, str(name), out, template=template, prompts=prompts or (), r=rank, r_min=r_min, steps=steps,
+        optimizer=optimizer, rate=rate, clip=clip, batch=batch, resolution=resolution, precision=precision,
+        gradient_checkpointing=gradient_checkpointing, seed=seed, save_every=save_every, per_prompt=per_prompt,
+        sampling_steps=sampling_steps, guidance=guidance, config=config, download=download, progress=not quiet,
     )  # fmt: skip
     print(done.summary())
 
 
-def _demo(out: Path, image: list[Path] | None, base: Path | None, seed: int, quiet: bool) -> None:
+def _demo(out: Path, image: list[Path] | None, base: str | None, seed: int, quiet: bool) -> None:
     if image or base:
         raise BadInput("--demo brings its own image and base; leave --image and --base out")
     from pondera.customize import PACKAGES

@@ -20,6 +20,7 @@ from pondera.compress.evolution_tickets import (
     evolve,
     signal_to_noise_prune,
 )
+from pondera.compress.files import load_compressed, prune_files, quantize_files, svd_files
 from pondera.compress.fisher_svd import fisher_factors, fisher_svd, nearest_kronecker, weighted_svd
 from pondera.compress.grid import Quantised, quantize, quantize_tensor
 from pondera.compress.low_rank import LowRankLinear
@@ -48,6 +49,7 @@ __all__ = [
     "fisher_factors",
     "fisher_svd",
     "hold_masks",
+    "load_compressed",
     "magnitude_prune",
     "masks_of",
     "nearest_kronecker",
@@ -56,9 +58,12 @@ __all__ = [
     "ompq",
     "orthogonality",
     "post_quantization_integral",
+    "prune_files",
     "quantize",
+    "quantize_files",
     "quantize_tensor",
     "requant",
     "signal_to_noise_prune",
+    "svd_files",
     "weighted_svd",
 ]

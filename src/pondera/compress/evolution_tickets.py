@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from pondera._batch import in_eval_mode
 from pondera.compress._calibration import Loss, batches_of, forward, mean_loss
-from pondera.compress._report import CompressReport
+from pondera.compress._report import CompressReport, applied
 from pondera.compress.masks import bake, hold_masks, masks_of, prunable, pruned, top_masks
 from pondera.errors import BadInput, describe, require_finite
 
@@ -242,6 +242,7 @@ def signal_to_noise_prune(
     return report
 
 
+@applied("start")
 def evolution_tickets(
     model: nn.Module,
     calibration: Sequence[Any],

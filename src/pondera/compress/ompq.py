@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pondera._batch import in_eval_mode
 from pondera._weights import Owned
 from pondera.compress._calibration import Loss, batches_of, forward
-from pondera.compress._report import CompressReport, LayerChange
+from pondera.compress._report import CompressReport, LayerChange, applied
 from pondera.compress.grid import quantisable, quantize, require_bits
 from pondera.errors import BadInput, needs_extra, require_finite
 
@@ -42,6 +42,7 @@ class Orthogonality:
         return dict(zip(self.names, (behind / behind.max()).tolist(), strict=True))
 
 
+@applied("end")
 def ompq(
     model: nn.Module,
     calibration: Sequence[Any],

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from pondera._batch import in_eval_mode
 from pondera._weights import Owned
 from pondera.compress._calibration import Loss, batches_of, forward, mean_loss
-from pondera.compress._report import CompressReport, LayerChange
+from pondera.compress._report import CompressReport, LayerChange, applied
 from pondera.compress.grid import quantisable, quantize_tensor, require_bits
 from pondera.errors import BadInput, describe, require_finite
 
@@ -74,6 +74,7 @@ def post_quantization_integral(
     return _shares(model, batches, held, quantized, loss, steps, rule, who)
 
 
+@applied("end")
 def requant(
     model: nn.Module,
     calibration: Sequence[Any],
