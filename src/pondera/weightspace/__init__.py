@@ -21,8 +21,11 @@ from pondera.weightspace._states import (
     stack_states,
     unstack_states,
 )
+from pondera.weightspace.hypernet_tuning import HypernetTuner, LinearHypernet
 
 __all__ = [
+    "HypernetTuner",
+    "LinearHypernet",
     "PermutationSpec",
     "Standardize",
     "apply_permutation",
