@@ -43,8 +43,12 @@ OTHERS = {
     "LinearHypernet",
     "PermutationSpec",
     "apply_permutation",
+    "distillation_loss",
     "equivariance_error",
+    "expand_stages",
+    "share_stages",
     "stack_states",
+    "stage_counts",
     "trace_permutations",
     "unstack_states",
 }

@@ -22,6 +22,7 @@ from pondera.weightspace._states import (
     unstack_states,
 )
 from pondera.weightspace.hypernet_tuning import HypernetTuner, LinearHypernet
+from pondera.weightspace.learngene import distillation_loss, expand_stages, share_stages, stage_counts
 
 __all__ = [
     "HypernetTuner",
@@ -29,9 +30,13 @@ __all__ = [
     "PermutationSpec",
     "Standardize",
     "apply_permutation",
+    "distillation_loss",
     "equivariance_error",
+    "expand_stages",
     "permute_states",
+    "share_stages",
     "stack_states",
+    "stage_counts",
     "trace_permutations",
     "unstack_states",
 ]
