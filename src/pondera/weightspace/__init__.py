@@ -23,16 +23,21 @@ from pondera.weightspace._states import (
 )
 from pondera.weightspace.hypernet_tuning import HypernetTuner, LinearHypernet
 from pondera.weightspace.learngene import distillation_loss, expand_stages, share_stages, stage_counts
+from pondera.weightspace.logah import LoGAH, LowRankDecoder, ParameterGraph, parameter_graph
 
 __all__ = [
     "HypernetTuner",
     "LinearHypernet",
+    "LoGAH",
+    "LowRankDecoder",
+    "ParameterGraph",
     "PermutationSpec",
     "Standardize",
     "apply_permutation",
     "distillation_loss",
     "equivariance_error",
     "expand_stages",
+    "parameter_graph",
     "permute_states",
     "share_stages",
     "stack_states",
