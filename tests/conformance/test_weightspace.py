@@ -39,17 +39,23 @@ MOVES: dict[str, tuple] = {
 }
 # public names that are neither; each has tests of its own
 OTHERS = {
+    "Choice",
+    "EntangledConv2d",
+    "EntangledLinear",
     "HypernetTuner",
     "LinearHypernet",
     "LoGAH",
     "LowRankDecoder",
     "PermutationSpec",
     "apply_permutation",
+    "choices",
     "distillation_loss",
+    "draw_choices",
     "equivariance_error",
     "expand_stages",
     "parameter_graph",
     "share_stages",
+    "sparsemax",
     "stack_states",
     "stage_counts",
     "trace_permutations",

@@ -24,8 +24,19 @@ from pondera.weightspace._states import (
 from pondera.weightspace.hypernet_tuning import HypernetTuner, LinearHypernet
 from pondera.weightspace.learngene import distillation_loss, expand_stages, share_stages, stage_counts
 from pondera.weightspace.logah import LoGAH, LowRankDecoder, ParameterGraph, parameter_graph
+from pondera.weightspace.tangle_search import (
+    Choice,
+    EntangledConv2d,
+    EntangledLinear,
+    choices,
+    draw_choices,
+    sparsemax,
+)
 
 __all__ = [
+    "Choice",
+    "EntangledConv2d",
+    "EntangledLinear",
     "HypernetTuner",
     "LinearHypernet",
     "LoGAH",
@@ -34,12 +45,15 @@ __all__ = [
     "PermutationSpec",
     "Standardize",
     "apply_permutation",
+    "choices",
     "distillation_loss",
+    "draw_choices",
     "equivariance_error",
     "expand_stages",
     "parameter_graph",
     "permute_states",
     "share_stages",
+    "sparsemax",
     "stack_states",
     "stage_counts",
     "trace_permutations",
