@@ -21,6 +21,13 @@ from pondera.weightspace._states import (
     stack_states,
     unstack_states,
 )
+from pondera.weightspace.checkpoint_search import (
+    CheckpointSearch,
+    NeuronGraphEncoder,
+    WeightStatistics,
+    expected_improvement,
+    search_checkpoints,
+)
 from pondera.weightspace.hypernet_tuning import HypernetTuner, LinearHypernet
 from pondera.weightspace.learngene import distillation_loss, expand_stages, share_stages, stage_counts
 from pondera.weightspace.logah import LoGAH, LowRankDecoder, ParameterGraph, parameter_graph
@@ -34,6 +41,7 @@ from pondera.weightspace.tangle_search import (
 )
 
 __all__ = [
+    "CheckpointSearch",
     "Choice",
     "EntangledConv2d",
     "EntangledLinear",
@@ -41,17 +49,21 @@ __all__ = [
     "LinearHypernet",
     "LoGAH",
     "LowRankDecoder",
+    "NeuronGraphEncoder",
     "ParameterGraph",
     "PermutationSpec",
     "Standardize",
+    "WeightStatistics",
     "apply_permutation",
     "choices",
     "distillation_loss",
     "draw_choices",
     "equivariance_error",
     "expand_stages",
+    "expected_improvement",
     "parameter_graph",
     "permute_states",
+    "search_checkpoints",
     "share_stages",
     "sparsemax",
     "stack_states",
