@@ -30,7 +30,9 @@ SPEC = trace_permutations(net(), torch.randn(3, 2))
 
 # a layer that takes a batch of states: how to make it, and how many channels its input has (None: none)
 LAYERS: dict[str, tuple] = {
+    "NeuronGraphEncoder": (lambda **kw: pondera.weightspace.NeuronGraphEncoder(net()).to(**kw), None),
     "Standardize": (lambda **kw: pondera.weightspace.Standardize(nets()).to(**kw), None),
+    "WeightStatistics": (lambda **kw: pondera.weightspace.WeightStatistics(list(nets())), None),
 }
 UNEVEN: set[str] = set()  # layers that are not equivariant by their nature, and say so
 # an augmentation of a batch of states: how it is called, and whether every network's function stays
@@ -39,6 +41,14 @@ MOVES: dict[str, tuple] = {
 }
 # public names that are neither; each has tests of its own
 OTHERS = {
+    "CheckpointSearch",
+    "Choice",
+    "EntangledConv2d",
+    "EntangledLinear",
+    "HypernetTuner",
+    "LinearHypernet",
+    "LoGAH",
+    "LowRankDecoder",
     "PermutationSpec",
     "apply_permutation",
     "coordinates",
@@ -50,6 +60,16 @@ OTHERS = {
     "siren",
     "stack_states",
     "start_states",
+    "choices",
+    "distillation_loss",
+    "draw_choices",
+    "expand_stages",
+    "expected_improvement",
+    "parameter_graph",
+    "search_checkpoints",
+    "share_stages",
+    "sparsemax",
+    "stage_counts",
     "trace_permutations",
     "train_states",
     "unstack_states",
