@@ -161,7 +161,7 @@ def _loss(where: str, seed: int, kind: Make | str, share: tuple[str, float]) -> 
 
 def _beside_rivals(lab: Lab, make: Make, where: str, words: str, share: tuple[str, float]) -> Finding:
     seeds = lab.draws(NETS) if where == "digits" else lab.seeds
-    kinds: dict[str, Make | str] = {"nearest": make, "kfac": "kfac"} | RIVALS
+    kinds: dict[str, Make | str] = {"nearest": make, "kfac": "kfac"} | RIVALS  # type: ignore[assignment]
     found = {name: [_loss(where, seed, kind, share) for seed in seeds] for name, kind in kinds.items()}
     losses = {name: [loss for loss, _ in row] for name, row in found.items()}
     mean = {name: sum(row) / len(row) for name, row in losses.items()}

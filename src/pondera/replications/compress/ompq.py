@@ -120,7 +120,7 @@ def _loss(seed: int, bits: Mapping[str, int], training: bool = False) -> float:
 @cache
 def _drawn(seed: int, average: float | None) -> tuple[list[dict[str, int]], list[float]]:
     """Random widths for the layers between the ends, and the test loss of each; within a twentieth below the average if given."""
-    g, sizes, found = torch.Generator().manual_seed(1000 + seed), _between(seed), []
+    g, sizes, found = torch.Generator().manual_seed(1000 + seed), _between(seed), []  # type: ignore[var-annotated]
     while len(found) < DRAWN:
         bits = dict(zip(sizes, torch.randint(2, 5, (len(sizes),), generator=g).tolist()))
         spent = sum(bits[n] * sizes[n] for n in sizes) / sum(sizes.values())
