@@ -114,8 +114,8 @@ def expands_to_the_same_function(lab: Lab, expand: Expand) -> Finding:
     for out in (a, b):
         F.cross_entropy(out, y).backward()
     gap = float((a - b).detach().abs().max())
-    blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]  # type: ignore[call-overload]
-    copies: list[Block] = list(twin.blocks)  # type: ignore[arg-type]  # type: ignore[call-overload]
+    blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type,call-overload]
+    copies: list[Block] = list(twin.blocks)  # type: ignore[arg-type,call-overload]
     slopes = max(
         float(
             (blocks[2 * s].fc1.weight.grad - copies[2 * s].fc1.weight.grad - copies[2 * s + 1].fc1.weight.grad)
