@@ -47,7 +47,19 @@ METHODS = {
 }
 BLIND = {"magnitude_prune", "quantize"}  # look at no data
 # public names that are no method of this form; each has tests of its own
-OTHERS = {"LowRankLinear", "bake", "cost", "density", "hold_masks", "masks_of", "quantize_tensor"}
+OTHERS = {
+    "ConfidenceGuidedAnnealing",
+    "LowRankLinear",
+    "OscillationTracker",
+    "QKRAttention",
+    "StatsQ",
+    "bake",
+    "cost",
+    "density",
+    "hold_masks",
+    "masks_of",
+    "quantize_tensor",
+}
 EVERY = sorted(METHODS)
 
 

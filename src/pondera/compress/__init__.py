@@ -15,13 +15,18 @@ from pondera.compress.cost import Cost, cost
 from pondera.compress.grid import Quantised, quantize, quantize_tensor
 from pondera.compress.low_rank import LowRankLinear
 from pondera.compress.masks import bake, density, hold_masks, magnitude_prune, masks_of
+from pondera.compress.oscillation_free import ConfidenceGuidedAnnealing, OscillationTracker, QKRAttention, StatsQ
 
 __all__ = [
     "CompressReport",
+    "ConfidenceGuidedAnnealing",
     "Cost",
     "LayerChange",
     "LowRankLinear",
+    "OscillationTracker",
+    "QKRAttention",
     "Quantised",
+    "StatsQ",
     "bake",
     "cost",
     "density",
