@@ -44,6 +44,7 @@ def fresh(dtype=torch.float32):
 METHODS = {
     "magnitude_prune": lambda model, data, loss: pondera.compress.magnitude_prune(model, 0.4),
     "quantize": lambda model, data, loss: pondera.compress.quantize(model, 3),
+    "relevance_prune": lambda model, data, loss: pondera.compress.relevance_prune(model, data, loss=loss),
 }
 BLIND = {"magnitude_prune", "quantize"}  # look at no data
 # public names that are no method of this form; each has tests of its own
@@ -52,6 +53,7 @@ OTHERS = {
     "LowRankLinear",
     "OscillationTracker",
     "QKRAttention",
+    "SelectiveDecay",
     "StatsQ",
     "bake",
     "cost",

@@ -16,6 +16,7 @@ from pondera.compress.grid import Quantised, quantize, quantize_tensor
 from pondera.compress.low_rank import LowRankLinear
 from pondera.compress.masks import bake, density, hold_masks, magnitude_prune, masks_of
 from pondera.compress.oscillation_free import ConfidenceGuidedAnnealing, OscillationTracker, QKRAttention, StatsQ
+from pondera.compress.relevance_pruning import SelectiveDecay, relevance_prune
 
 __all__ = [
     "CompressReport",
@@ -26,6 +27,7 @@ __all__ = [
     "OscillationTracker",
     "QKRAttention",
     "Quantised",
+    "SelectiveDecay",
     "StatsQ",
     "bake",
     "cost",
@@ -35,4 +37,5 @@ __all__ = [
     "masks_of",
     "quantize",
     "quantize_tensor",
+    "relevance_prune",
 ]
