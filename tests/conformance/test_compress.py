@@ -45,6 +45,9 @@ METHODS = {
     "magnitude_prune": lambda model, data, loss: pondera.compress.magnitude_prune(model, 0.4),
     "quantize": lambda model, data, loss: pondera.compress.quantize(model, 3),
     "relevance_prune": lambda model, data, loss: pondera.compress.relevance_prune(model, data, loss=loss),
+    "sketch_prune": lambda model, data, loss: pondera.compress.sketch_prune(
+        model, data, keep=0.4, score="snip", loss=loss, generator=torch.Generator().manual_seed(0)
+    ),
 }
 BLIND = {"magnitude_prune", "quantize"}  # look at no data
 # public names that are no method of this form; each has tests of its own
@@ -60,7 +63,12 @@ OTHERS = {
     "density",
     "hold_masks",
     "masks_of",
+    "pruning_scores",
     "quantize_tensor",
+    "sketch_error",
+    "sketch_mask",
+    "sketch_masks",
+    "sketch_probabilities",
 }
 EVERY = sorted(METHODS)
 

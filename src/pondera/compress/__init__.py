@@ -16,6 +16,14 @@ from pondera.compress.grid import Quantised, quantize, quantize_tensor
 from pondera.compress.low_rank import LowRankLinear
 from pondera.compress.masks import bake, density, hold_masks, magnitude_prune, masks_of
 from pondera.compress.oscillation_free import ConfidenceGuidedAnnealing, OscillationTracker, QKRAttention, StatsQ
+from pondera.compress.prune_sketching import (
+    pruning_scores,
+    sketch_error,
+    sketch_mask,
+    sketch_masks,
+    sketch_probabilities,
+    sketch_prune,
+)
 from pondera.compress.relevance_pruning import SelectiveDecay, relevance_prune
 
 __all__ = [
@@ -35,7 +43,13 @@ __all__ = [
     "hold_masks",
     "magnitude_prune",
     "masks_of",
+    "pruning_scores",
     "quantize",
     "quantize_tensor",
     "relevance_prune",
+    "sketch_error",
+    "sketch_mask",
+    "sketch_masks",
+    "sketch_probabilities",
+    "sketch_prune",
 ]
