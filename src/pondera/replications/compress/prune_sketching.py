@@ -179,6 +179,7 @@ SETTING = (
     criterion=SETTING
     + "3% of the weights kept, by magnitude and by SynFlow in one round: drawn minus top, and drawn minus drawn "
     "with the same chance for every weight, each with its 95% interval above 0",
+    budget="full",
     method=sketch_masks,
     sham=EVENLY,
 )
