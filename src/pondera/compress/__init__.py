@@ -25,21 +25,25 @@ from pondera.compress.prune_sketching import (
     sketch_prune,
 )
 from pondera.compress.relevance_pruning import SelectiveDecay, relevance_prune
+from pondera.compress.sparse_continual import DynamicSparsity, SparseTasks, erdos_renyi_densities, rewire_mask
 
 __all__ = [
     "CompressReport",
     "ConfidenceGuidedAnnealing",
     "Cost",
+    "DynamicSparsity",
     "LayerChange",
     "LowRankLinear",
     "OscillationTracker",
     "QKRAttention",
     "Quantised",
     "SelectiveDecay",
+    "SparseTasks",
     "StatsQ",
     "bake",
     "cost",
     "density",
+    "erdos_renyi_densities",
     "hold_masks",
     "magnitude_prune",
     "masks_of",
@@ -47,6 +51,7 @@ __all__ = [
     "quantize",
     "quantize_tensor",
     "relevance_prune",
+    "rewire_mask",
     "sketch_error",
     "sketch_mask",
     "sketch_masks",
