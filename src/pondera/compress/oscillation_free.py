@@ -196,7 +196,8 @@ class ConfidenceGuidedAnnealing:
         self._products = [m.product for m in model.modules() if isinstance(m, QKRAttention) and m.product is not None]
         if not self._held and not self._products:
             raise BadInput(f"ConfidenceGuidedAnnealing found no weight under StatsQ in {type(model).__name__}")
-        self.boundary, self.free = boundary, 1.0  # free: the share of weights that the last step could move
+        self.boundary = boundary
+        self._confident: Tensor | None = None  # share of the weights, at the last step
         self._frozen: list[tuple[Tensor, Tensor, Tensor]] = []
         for product in self._products:
             product.boundary = boundary
@@ -216,9 +217,16 @@ class ConfidenceGuidedAnnealing:
         for p, held, was in self._frozen:
             p.copy_(torch.where(held, was, p))
         if self._frozen:
-            held = sum(int(h.sum()) for _, h, _ in self._frozen)
-            self.free = 1 - held / sum(h.numel() for _, h, _ in self._frozen)
+            n = sum(held.numel() for _, held, _ in self._frozen)
+            self._confident = (
+                torch.stack([held.sum().to(self._frozen[0][1].device) for _, held, _ in self._frozen]).sum() / n
+            )
         self._frozen = []
+
+    @property
+    def free(self) -> float:
+        """Share of the weights that the last step could move."""
+        return 1.0 if self._confident is None else 1 - float(self._confident)
 
     def remove(self) -> None:
         """Let all weights free again."""

@@ -148,7 +148,7 @@ class DynamicSparsity:
             sparsity.step()
 
     The share that dies falls by a cosine from `rate` to 0.005 over `total` steps. What grows starts from 0. The number of weights
-    never changes. Make the optimizer after this object, for the masks turn weights into other parameters.
+    never changes. The optimizer may be older than this object: the parameters stay the same.
 
     Args:
         model: the weights of linear and convolution layers are masked, all anew; biases, norms and embeddings are not.

@@ -134,7 +134,7 @@ def _cut(decay: Decay, strength: float, seed: int) -> tuple[float, float, float]
             score=lambda m, b: min(_accuracy(m, b[0]), least),
             resolution=0.02,
         )
-        sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)  # the masks made new parameters of the weights
+        sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)  # momentum starts anew
         decay(net, sgd, strength)
         _train(net, sgd, seed + 1, AGAIN)
         kept, now = density(net), _accuracy(net, judge)
