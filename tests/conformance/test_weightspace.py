@@ -39,14 +39,20 @@ MOVES: dict[str, tuple] = {
 }
 # public names that are neither; each has tests of its own
 OTHERS = {
+    "MixtureBatchNorm1d",
+    "MixtureBatchNorm2d",
+    "MixtureConv2d",
+    "MixtureLinear",
     "PermutationSpec",
     "apply_permutation",
     "coordinates",
     "equivariance_error",
     "fit_inrs",
+    "grow",
     "load_zoo",
     "make_zoo",
     "run_states",
+    "select",
     "siren",
     "stack_states",
     "start_states",

@@ -21,6 +21,14 @@ from pondera.weightspace._states import (
     stack_states,
     unstack_states,
 )
+from pondera.weightspace.mixture_growth import (
+    MixtureBatchNorm1d,
+    MixtureBatchNorm2d,
+    MixtureConv2d,
+    MixtureLinear,
+    grow,
+    select,
+)
 from pondera.weightspace.zoo import (
     Zoo,
     coordinates,
@@ -35,6 +43,10 @@ from pondera.weightspace.zoo import (
 )
 
 __all__ = [
+    "MixtureBatchNorm1d",
+    "MixtureBatchNorm2d",
+    "MixtureConv2d",
+    "MixtureLinear",
     "PermutationSpec",
     "Standardize",
     "Zoo",
@@ -42,10 +54,12 @@ __all__ = [
     "coordinates",
     "equivariance_error",
     "fit_inrs",
+    "grow",
     "load_zoo",
     "make_zoo",
     "permute_states",
     "run_states",
+    "select",
     "siren",
     "stack_states",
     "start_states",

@@ -1,0 +1,1 @@
+"""Claims of papers on networks that read or write weights, re-run."""
