@@ -30,7 +30,9 @@ SPEC = trace_permutations(net(), torch.randn(3, 2))
 
 # a layer that takes a batch of states: how to make it, and how many channels its input has (None: none)
 LAYERS: dict[str, tuple] = {
+    "NeuronGraphEncoder": (lambda **kw: pondera.weightspace.NeuronGraphEncoder(net()).to(**kw), None),
     "Standardize": (lambda **kw: pondera.weightspace.Standardize(nets()).to(**kw), None),
+    "WeightStatistics": (lambda **kw: pondera.weightspace.WeightStatistics(list(nets())), None),
 }
 UNEVEN: set[str] = set()  # layers that are not equivariant by their nature, and say so
 # an augmentation of a batch of states: how it is called, and whether every network's function stays
@@ -39,22 +41,40 @@ MOVES: dict[str, tuple] = {
 }
 # public names that are neither; each has tests of its own
 OTHERS = {
+    "CheckpointSearch",
+    "Choice",
+    "EntangledConv2d",
+    "EntangledLinear",
+    "HypernetTuner",
+    "LinearHypernet",
+    "LoGAH",
+    "LowRankDecoder",
     "MixtureBatchNorm1d",
     "MixtureBatchNorm2d",
     "MixtureConv2d",
     "MixtureLinear",
     "PermutationSpec",
     "apply_permutation",
+    "choices",
     "coordinates",
+    "distillation_loss",
+    "draw_choices",
     "equivariance_error",
+    "expand_stages",
+    "expected_improvement",
     "fit_inrs",
     "grow",
     "load_zoo",
     "make_zoo",
+    "parameter_graph",
     "run_states",
+    "search_checkpoints",
     "select",
+    "share_stages",
     "siren",
+    "sparsemax",
     "stack_states",
+    "stage_counts",
     "start_states",
     "trace_permutations",
     "train_states",

@@ -14,13 +14,17 @@ torch.Size([5, 8, 2])
 """
 
 from pondera._permute import PermutationSpec, apply_permutation, trace_permutations
-from pondera.weightspace._states import (
-    Standardize,
-    equivariance_error,
-    permute_states,
-    stack_states,
-    unstack_states,
+from pondera.weightspace._states import Standardize, equivariance_error, permute_states, stack_states, unstack_states
+from pondera.weightspace.checkpoint_search import (
+    CheckpointSearch,
+    NeuronGraphEncoder,
+    WeightStatistics,
+    expected_improvement,
+    search_checkpoints,
 )
+from pondera.weightspace.hypernet_tuning import HypernetTuner, LinearHypernet
+from pondera.weightspace.learngene import distillation_loss, expand_stages, share_stages, stage_counts
+from pondera.weightspace.logah import LoGAH, LowRankDecoder, ParameterGraph, parameter_graph
 from pondera.weightspace.mixture_growth import (
     MixtureBatchNorm1d,
     MixtureBatchNorm2d,
@@ -29,6 +33,7 @@ from pondera.weightspace.mixture_growth import (
     grow,
     select,
 )
+from pondera.weightspace.tangle_search import Choice, EntangledConv2d, EntangledLinear, choices, draw_choices, sparsemax
 from pondera.weightspace.zoo import (
     Zoo,
     coordinates,
@@ -43,25 +48,46 @@ from pondera.weightspace.zoo import (
 )
 
 __all__ = [
+    "CheckpointSearch",
+    "Choice",
+    "EntangledConv2d",
+    "EntangledLinear",
+    "HypernetTuner",
+    "LinearHypernet",
+    "LoGAH",
+    "LowRankDecoder",
     "MixtureBatchNorm1d",
     "MixtureBatchNorm2d",
     "MixtureConv2d",
     "MixtureLinear",
+    "NeuronGraphEncoder",
+    "ParameterGraph",
     "PermutationSpec",
     "Standardize",
+    "WeightStatistics",
     "Zoo",
     "apply_permutation",
+    "choices",
     "coordinates",
+    "distillation_loss",
+    "draw_choices",
     "equivariance_error",
+    "expand_stages",
+    "expected_improvement",
     "fit_inrs",
     "grow",
     "load_zoo",
     "make_zoo",
+    "parameter_graph",
     "permute_states",
     "run_states",
+    "search_checkpoints",
     "select",
+    "share_stages",
     "siren",
+    "sparsemax",
     "stack_states",
+    "stage_counts",
     "start_states",
     "trace_permutations",
     "train_states",

@@ -1,1 +1,1 @@
-"""Claims of papers on smaller weights."""
+"""Smaller weights: the papers' claims, re-run."""

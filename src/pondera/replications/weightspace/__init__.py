@@ -1,1 +1,1 @@
-"""Claims of papers on networks that read or write weights, re-run."""
+"""Networks that read or write weights: the papers' claims, re-run."""
