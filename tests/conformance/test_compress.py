@@ -50,23 +50,35 @@ METHODS = {
     "net_trim": lambda model, data, loss: pondera.compress.net_trim(model, data, 0.1, loss=loss),
     "ompq": lambda model, data, loss: pondera.compress.ompq(model, data, 3.0, loss=loss),
     "quantize": lambda model, data, loss: pondera.compress.quantize(model, 3),
+    "relevance_prune": lambda model, data, loss: pondera.compress.relevance_prune(model, data, loss=loss),
     "requant": lambda model, data, loss: pondera.compress.requant(model, data, 3, loss=loss),
     "signal_to_noise_prune": lambda model, data, loss: pondera.compress.signal_to_noise_prune(
         model,
         {f"{n}.weight": 1 + m.weight.detach() ** 2 for n, m in model.named_children() if hasattr(m, "in_features")},
         0.5,
     ),
+    "sketch_prune": lambda model, data, loss: pondera.compress.sketch_prune(
+        model, data, keep=0.4, score="snip", loss=loss, generator=torch.Generator().manual_seed(0)
+    ),
 }
 BLIND = {"magnitude_prune", "quantize", "signal_to_noise_prune"}  # look at no data
 # public names that are no method of this form; each has tests of its own
 OTHERS = {
+    "ConfidenceGuidedAnnealing",
+    "DynamicSparsity",
     "LowRankLinear",
+    "OscillationTracker",
+    "QKRAttention",
     "SNES",
+    "SelectiveDecay",
     "SepCMAES",
+    "SparseTasks",
+    "StatsQ",
     "allocate_bits",
     "bake",
     "cost",
     "density",
+    "erdos_renyi_densities",
     "evolve",
     "fisher_factors",
     "hold_masks",
@@ -77,8 +89,14 @@ OTHERS = {
     "orthogonality",
     "post_quantization_integral",
     "prune_files",
+    "pruning_scores",
     "quantize_files",
     "quantize_tensor",
+    "rewire_mask",
+    "sketch_error",
+    "sketch_mask",
+    "sketch_masks",
+    "sketch_probabilities",
     "svd_files",
     "weighted_svd",
 }

@@ -27,23 +27,42 @@ from pondera.compress.low_rank import LowRankLinear
 from pondera.compress.masks import bake, density, hold_masks, magnitude_prune, masks_of
 from pondera.compress.net_trim import Trimmed, net_trim, net_trim_weight
 from pondera.compress.ompq import Orthogonality, allocate_bits, ompq, orthogonality
+from pondera.compress.oscillation_free import ConfidenceGuidedAnnealing, OscillationTracker, QKRAttention, StatsQ
+from pondera.compress.prune_sketching import (
+    pruning_scores,
+    sketch_error,
+    sketch_mask,
+    sketch_masks,
+    sketch_probabilities,
+    sketch_prune,
+)
+from pondera.compress.relevance_pruning import SelectiveDecay, relevance_prune
 from pondera.compress.requant import post_quantization_integral, requant
+from pondera.compress.sparse_continual import DynamicSparsity, SparseTasks, erdos_renyi_densities, rewire_mask
 
 __all__ = [
     "SNES",
     "CompressReport",
+    "ConfidenceGuidedAnnealing",
     "Cost",
+    "DynamicSparsity",
     "Evolved",
     "LayerChange",
     "LowRankLinear",
     "Orthogonality",
+    "OscillationTracker",
+    "QKRAttention",
     "Quantised",
+    "SelectiveDecay",
     "SepCMAES",
+    "SparseTasks",
+    "StatsQ",
     "Trimmed",
     "allocate_bits",
     "bake",
     "cost",
     "density",
+    "erdos_renyi_densities",
     "evolution_tickets",
     "evolve",
     "fisher_factors",
@@ -59,11 +78,19 @@ __all__ = [
     "orthogonality",
     "post_quantization_integral",
     "prune_files",
+    "pruning_scores",
     "quantize",
     "quantize_files",
     "quantize_tensor",
+    "relevance_prune",
     "requant",
+    "rewire_mask",
     "signal_to_noise_prune",
+    "sketch_error",
+    "sketch_mask",
+    "sketch_masks",
+    "sketch_probabilities",
+    "sketch_prune",
     "svd_files",
     "weighted_svd",
 ]

@@ -25,6 +25,14 @@ from pondera.weightspace.checkpoint_search import (
 from pondera.weightspace.hypernet_tuning import HypernetTuner, LinearHypernet
 from pondera.weightspace.learngene import distillation_loss, expand_stages, share_stages, stage_counts
 from pondera.weightspace.logah import LoGAH, LowRankDecoder, ParameterGraph, parameter_graph
+from pondera.weightspace.mixture_growth import (
+    MixtureBatchNorm1d,
+    MixtureBatchNorm2d,
+    MixtureConv2d,
+    MixtureLinear,
+    grow,
+    select,
+)
 from pondera.weightspace.tangle_search import Choice, EntangledConv2d, EntangledLinear, choices, draw_choices, sparsemax
 from pondera.weightspace.zoo import (
     Zoo,
@@ -48,6 +56,10 @@ __all__ = [
     "LinearHypernet",
     "LoGAH",
     "LowRankDecoder",
+    "MixtureBatchNorm1d",
+    "MixtureBatchNorm2d",
+    "MixtureConv2d",
+    "MixtureLinear",
     "NeuronGraphEncoder",
     "ParameterGraph",
     "PermutationSpec",
@@ -63,12 +75,14 @@ __all__ = [
     "expand_stages",
     "expected_improvement",
     "fit_inrs",
+    "grow",
     "load_zoo",
     "make_zoo",
     "parameter_graph",
     "permute_states",
     "run_states",
     "search_checkpoints",
+    "select",
     "share_stages",
     "siren",
     "sparsemax",
