@@ -31,6 +31,9 @@ SPEC = trace_permutations(net(), torch.randn(3, 2))
 # a layer that takes a batch of states: how to make it, and how many channels its input has (None: none)
 LAYERS: dict[str, tuple] = {
     "Standardize": (lambda **kw: pondera.weightspace.Standardize(nets()).to(**kw), None),
+    "UniversalFunctional": (lambda **kw: pondera.weightspace.UniversalFunctional(SPEC, net(), 3, 2, **kw), 3),
+    "UniversalInvariant": (lambda **kw: pondera.weightspace.UniversalInvariant(SPEC, net(), 3, 2, **kw), 3),
+    "UniversalNet": (lambda **kw: pondera.weightspace.UniversalNet(SPEC, net(), (4, 4), 2, **kw), None),
 }
 UNEVEN: set[str] = set()  # layers that are not equivariant by their nature, and say so
 # an augmentation of a batch of states: how it is called, and whether every network's function stays

@@ -21,10 +21,14 @@ from pondera.weightspace._states import (
     stack_states,
     unstack_states,
 )
+from pondera.weightspace.neural_functionals import UniversalFunctional, UniversalInvariant, UniversalNet
 
 __all__ = [
     "PermutationSpec",
     "Standardize",
+    "UniversalFunctional",
+    "UniversalInvariant",
+    "UniversalNet",
     "apply_permutation",
     "equivariance_error",
     "permute_states",
