@@ -47,7 +47,19 @@ METHODS = {
 }
 BLIND = {"magnitude_prune", "quantize"}  # look at no data
 # public names that are no method of this form; each has tests of its own
-OTHERS = {"LowRankLinear", "bake", "cost", "density", "hold_masks", "masks_of", "quantize_tensor"}
+OTHERS = {
+    "LowRankLinear",
+    "bake",
+    "cost",
+    "density",
+    "hold_masks",
+    "load_compressed",
+    "masks_of",
+    "prune_files",
+    "quantize_files",
+    "quantize_tensor",
+    "svd_files",
+}
 EVERY = sorted(METHODS)
 
 

@@ -44,10 +44,19 @@ MOVES: dict[str, tuple] = {
 OTHERS = {
     "PermutationSpec",
     "apply_permutation",
+    "coordinates",
     "equivariance_error",
+    "fit_inrs",
+    "load_zoo",
+    "make_zoo",
+    "run_states",
+    "siren",
     "stack_states",
+    "start_states",
     "trace_permutations",
+    "train_states",
     "unstack_states",
+    "zoo_kinds",
 }
 
 

@@ -12,6 +12,7 @@ magnitude_prune: 2 of 2 weights changed, 211 of 2,112 numbers held (10.0%), 0.00
 
 from pondera.compress._report import CompressReport, LayerChange
 from pondera.compress.cost import Cost, cost
+from pondera.compress.files import load_compressed, prune_files, quantize_files, svd_files
 from pondera.compress.grid import Quantised, quantize, quantize_tensor
 from pondera.compress.low_rank import LowRankLinear
 from pondera.compress.masks import bake, density, hold_masks, magnitude_prune, masks_of
@@ -26,8 +27,12 @@ __all__ = [
     "cost",
     "density",
     "hold_masks",
+    "load_compressed",
     "magnitude_prune",
     "masks_of",
+    "prune_files",
     "quantize",
+    "quantize_files",
     "quantize_tensor",
+    "svd_files",
 ]

@@ -22,6 +22,18 @@ from pondera.weightspace._states import (
     unstack_states,
 )
 from pondera.weightspace.neural_functionals import UniversalFunctional, UniversalInvariant, UniversalNet
+from pondera.weightspace.zoo import (
+    Zoo,
+    coordinates,
+    fit_inrs,
+    load_zoo,
+    make_zoo,
+    run_states,
+    siren,
+    start_states,
+    train_states,
+    zoo_kinds,
+)
 
 __all__ = [
     "PermutationSpec",
@@ -29,10 +41,20 @@ __all__ = [
     "UniversalFunctional",
     "UniversalInvariant",
     "UniversalNet",
+    "Zoo",
     "apply_permutation",
+    "coordinates",
     "equivariance_error",
+    "fit_inrs",
+    "load_zoo",
+    "make_zoo",
     "permute_states",
+    "run_states",
+    "siren",
     "stack_states",
+    "start_states",
     "trace_permutations",
+    "train_states",
     "unstack_states",
+    "zoo_kinds",
 ]

@@ -50,7 +50,7 @@ class UniversalFunctional(nn.Module):
     Paper: Zhou, Finn and Harrison 2024, arXiv 2402.05232. As the authors' code: means, one theta a term, normal with variance
         1 / (channels times terms), biases 0. Ours: partitions of at most n blocks, complete constants, fixed axes.
 
-    >>> from pondera._permute import trace_permutations
+    >>> from pondera.weightspace import trace_permutations
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> layer = UniversalFunctional(trace_permutations(net, torch.randn(4, 2), matchable=False), net, 1, 1, bias=False)
     >>> sum(p.numel() for p in layer.parameters())  # the dimension of all equivariant maps of such a net
@@ -102,6 +102,7 @@ class UniversalInvariant(nn.Module):
     Raises: BadInput: as `UniversalFunctional`.
     Paper: Zhou, Finn and Harrison 2024, arXiv 2402.05232.
 
+    >>> from pondera.weightspace import PermutationSpec
     >>> head = UniversalInvariant(PermutationSpec({"w": ("h", "h")}), {"w": torch.zeros(4, 4)}, 1, 1)
     >>> head.maps.terms, head({"w": torch.randn(7, 4, 4, 1)}).shape  # the mean of all entries, and of the diagonal
     (2, torch.Size([7, 1]))
@@ -148,6 +149,7 @@ class UniversalNet(nn.Module):
     Raises: BadInput: as `UniversalFunctional`; for no channels.
     Paper: Zhou, Finn and Harrison 2024, arXiv 2402.05232.
 
+    >>> from pondera.weightspace import PermutationSpec
     >>> spec = PermutationSpec({"w": ("h", None), "b": ("h",)})
     >>> UniversalNet(spec, {"w": torch.zeros(4, 2), "b": torch.zeros(4)}, (8, 8), 3)(
     ...     {"w": torch.randn(5, 4, 2), "b": torch.randn(5, 4)}
