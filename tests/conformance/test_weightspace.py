@@ -30,6 +30,9 @@ SPEC = trace_permutations(net(), torch.randn(3, 2))
 
 # a layer that takes a batch of states: how to make it, and how many channels its input has (None: none)
 LAYERS: dict[str, tuple] = {
+    "DWSInvariant": (lambda **kw: pondera.weightspace.DWSInvariant(net(), 3, 2, **kw), 3),
+    "DWSLayer": (lambda **kw: pondera.weightspace.DWSLayer(net(), 3, 2, **kw), 3),
+    "DWSNet": (lambda **kw: pondera.weightspace.DWSNet(net(), (4, 4), 2, **kw), None),
     "Standardize": (lambda **kw: pondera.weightspace.Standardize(nets()).to(**kw), None),
     "UniversalFunctional": (lambda **kw: pondera.weightspace.UniversalFunctional(SPEC, net(), 3, 2, **kw), 3),
     "UniversalInvariant": (lambda **kw: pondera.weightspace.UniversalInvariant(SPEC, net(), 3, 2, **kw), 3),
@@ -49,6 +52,7 @@ OTHERS = {
     "fit_inrs",
     "load_zoo",
     "make_zoo",
+    "mlp_spec",
     "run_states",
     "siren",
     "stack_states",

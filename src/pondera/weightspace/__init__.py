@@ -22,6 +22,7 @@ from pondera.weightspace._states import (
     unstack_states,
 )
 from pondera.weightspace.neural_functionals import UniversalFunctional, UniversalInvariant, UniversalNet
+from pondera.weightspace.weight_space_nets import DWSInvariant, DWSLayer, DWSNet, mlp_spec
 from pondera.weightspace.zoo import (
     Zoo,
     coordinates,
@@ -36,6 +37,9 @@ from pondera.weightspace.zoo import (
 )
 
 __all__ = [
+    "DWSInvariant",
+    "DWSLayer",
+    "DWSNet",
     "PermutationSpec",
     "Standardize",
     "UniversalFunctional",
@@ -48,6 +52,7 @@ __all__ = [
     "fit_inrs",
     "load_zoo",
     "make_zoo",
+    "mlp_spec",
     "permute_states",
     "run_states",
     "siren",

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -141,11 +141,16 @@ class UniversalInvariant(nn.Module):
 class UniversalNet(nn.Module):
     """Universal functionals with ReLU between, for states as they come: to predict of networks, or to change them.
 
+    Give it weights of one scale (`Standardize`). Each channel of each tensor is normalized over networks and entries before
+    the ReLU, which keeps the symmetry: means over many units differ little from network to network, and without it training
+    hardly starts.
+
     Args:
         spec, like, most_terms, device, dtype: as in `UniversalFunctional`.
         channels: of the layers of `UniversalFunctional`, in order.
         out_features: features by a `UniversalInvariant` of the last channels, a ReLU and a linear layer; None gives states, by
             one more layer to one channel.
+        norm: whether to normalize by batch (`nn.BatchNorm1d`; in eval mode by the running statistics).
     Raises: BadInput: as `UniversalFunctional`; for no channels.
     Paper: Zhou, Finn and Harrison 2024, arXiv 2402.05232.
 
@@ -163,6 +168,7 @@ class UniversalNet(nn.Module):
         like: nn.Module | Mapping[str, Tensor],
         channels: Sequence[int] = (16, 16),
         out_features: int | None = None,
+        norm: bool = True,
         most_terms: int = MOST_TERMS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -176,20 +182,33 @@ class UniversalNet(nn.Module):
             return UniversalFunctional(spec, like, a, b, most_terms=most_terms, device=device, dtype=dtype)
 
         self.layers = nn.ModuleList(layer(a, b) for a, b in pairwise(widths))
-        self.head = self.out = None
+        self.norms: nn.ModuleList | None = None
+        if norm:
+            tensors = len(self.layers[0].shapes)  # type: ignore[arg-type]
+            each = [[nn.BatchNorm1d(c, device=device, dtype=dtype) for _ in range(tensors)] for c in channels]
+            self.norms = nn.ModuleList(nn.ModuleList(some) for some in each)
+        self.head = self.head_norm = self.out = None
         if out_features is not None:
             last = channels[-1]
             self.head = UniversalInvariant(spec, like, last, last, most_terms=most_terms, device=device, dtype=dtype)
+            self.head_norm = nn.BatchNorm1d(last, device=device, dtype=dtype) if norm else None
             self.out = nn.Linear(last, out_features, device=device, dtype=dtype)
 
     def forward(self, states: Mapping[str, Float[Tensor, "nets *shape"]]) -> Tensor | dict[str, Tensor]:
         """States (nets, *shape) by name to (nets, out_features), or to states."""
         h = {name: x.unsqueeze(-1) for name, x in states.items()}
+        hidden = len(self.layers) - (self.head is None)
         for k, layer in enumerate(self.layers):
-            h = layer(h if k == 0 else {name: x.relu() for name, x in h.items()})
+            h = layer(h)
+            if k < hidden:
+                if self.norms is not None:
+                    some: Any = self.norms[k]
+                    h = {n: norm(x.flatten(0, -2)).view(x.shape) for norm, (n, x) in zip(some, h.items(), strict=True)}
+                h = {name: x.relu() for name, x in h.items()}
         if self.head is None or self.out is None:
             return {name: x.squeeze(-1) for name, x in h.items()}
-        found: Tensor = self.out(self.head({name: x.relu() for name, x in h.items()}).relu())
+        z = self.head(h)
+        found: Tensor = self.out((z if self.head_norm is None else self.head_norm(z)).relu())
         return found
 
 
