@@ -41,7 +41,15 @@ LAYERS: dict[str, tuple] = {
 UNEVEN: set[str] = set()  # layers that are not equivariant by their nature, and say so
 # an augmentation of a batch of states: how it is called, and whether every network's function stays
 MOVES: dict[str, tuple] = {
+    "add_noise": (lambda states, g: pondera.weightspace.add_noise(states, g), False),
+    "drop_smallest": (lambda states, g: pondera.weightspace.drop_smallest(states, g), False),
+    "drop_weights": (lambda states, g: pondera.weightspace.drop_weights(states, g), False),
+    "flip_signs": (lambda states, g: pondera.weightspace.flip_signs(states, g), False),  # exact for odd activations
+    "move_inputs": (lambda states, g: pondera.weightspace.move_inputs(states, g), False),
     "permute_states": (lambda states, g: pondera.weightspace.permute_states(SPEC, states, g), True),
+    "scale_units": (lambda states, g: pondera.weightspace.scale_units(states, g), True),
+    "shift_phases": (lambda states, g: pondera.weightspace.shift_phases(states, g), False),  # exact for SIRENs
+    "weight_mixup": (lambda states, g: pondera.weightspace.weight_mixup(states, g), False),
 }
 # public names that are neither; each has tests of its own
 OTHERS = {
@@ -52,6 +60,7 @@ OTHERS = {
     "fit_inrs",
     "load_zoo",
     "make_zoo",
+    "match_states",
     "mlp_spec",
     "run_states",
     "siren",

@@ -23,6 +23,17 @@ from pondera.weightspace._states import (
 )
 from pondera.weightspace.neural_functionals import UniversalFunctional, UniversalInvariant, UniversalNet
 from pondera.weightspace.weight_space_nets import DWSInvariant, DWSLayer, DWSNet, mlp_spec
+from pondera.weightspace.weightspace_augment import (
+    add_noise,
+    drop_smallest,
+    drop_weights,
+    flip_signs,
+    match_states,
+    move_inputs,
+    scale_units,
+    shift_phases,
+    weight_mixup,
+)
 from pondera.weightspace.zoo import (
     Zoo,
     coordinates,
@@ -46,20 +57,29 @@ __all__ = [
     "UniversalInvariant",
     "UniversalNet",
     "Zoo",
+    "add_noise",
     "apply_permutation",
     "coordinates",
+    "drop_smallest",
+    "drop_weights",
     "equivariance_error",
     "fit_inrs",
+    "flip_signs",
     "load_zoo",
     "make_zoo",
+    "match_states",
     "mlp_spec",
+    "move_inputs",
     "permute_states",
     "run_states",
+    "scale_units",
+    "shift_phases",
     "siren",
     "stack_states",
     "start_states",
     "trace_permutations",
     "train_states",
     "unstack_states",
+    "weight_mixup",
     "zoo_kinds",
 ]
