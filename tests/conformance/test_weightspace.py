@@ -54,6 +54,8 @@ MOVES: dict[str, tuple] = {
 # public names that are neither; each has tests of its own
 OTHERS = {
     "PermutationSpec",
+    "WeightBlocks",
+    "WeightDiffusion",
     "apply_permutation",
     "coordinates",
     "equivariance_error",

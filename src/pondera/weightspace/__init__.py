@@ -21,6 +21,7 @@ from pondera.weightspace._states import (
     stack_states,
     unstack_states,
 )
+from pondera.weightspace.denoised_weights import WeightBlocks, WeightDiffusion
 from pondera.weightspace.neural_functionals import UniversalFunctional, UniversalInvariant, UniversalNet
 from pondera.weightspace.weight_space_nets import DWSInvariant, DWSLayer, DWSNet, mlp_spec
 from pondera.weightspace.weightspace_augment import (
@@ -56,6 +57,8 @@ __all__ = [
     "UniversalFunctional",
     "UniversalInvariant",
     "UniversalNet",
+    "WeightBlocks",
+    "WeightDiffusion",
     "Zoo",
     "add_noise",
     "apply_permutation",
