@@ -53,6 +53,7 @@ MOVES: dict[str, tuple] = {
 }
 # public names that are neither; each has tests of its own
 OTHERS = {
+    "NetworkAutoencoder",
     "PermutationSpec",
     "WeightBlocks",
     "WeightDiffusion",
@@ -60,16 +61,21 @@ OTHERS = {
     "coordinates",
     "equivariance_error",
     "fit_inrs",
+    "latent_search",
     "load_zoo",
     "make_zoo",
     "match_states",
     "mlp_spec",
+    "pack_networks",
+    "random_networks",
+    "run_networks",
     "run_states",
     "siren",
     "stack_states",
     "start_states",
     "trace_permutations",
     "train_states",
+    "unpack_networks",
     "unstack_states",
     "zoo_kinds",
 }

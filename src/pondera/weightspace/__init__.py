@@ -22,6 +22,15 @@ from pondera.weightspace._states import (
     unstack_states,
 )
 from pondera.weightspace.denoised_weights import WeightBlocks, WeightDiffusion
+from pondera.weightspace.latent_networks import (
+    FoundNetworks,
+    NetworkAutoencoder,
+    latent_search,
+    pack_networks,
+    random_networks,
+    run_networks,
+    unpack_networks,
+)
 from pondera.weightspace.neural_functionals import UniversalFunctional, UniversalInvariant, UniversalNet
 from pondera.weightspace.weight_space_nets import DWSInvariant, DWSLayer, DWSNet, mlp_spec
 from pondera.weightspace.weightspace_augment import (
@@ -52,6 +61,8 @@ __all__ = [
     "DWSInvariant",
     "DWSLayer",
     "DWSNet",
+    "FoundNetworks",
+    "NetworkAutoencoder",
     "PermutationSpec",
     "Standardize",
     "UniversalFunctional",
@@ -68,12 +79,16 @@ __all__ = [
     "equivariance_error",
     "fit_inrs",
     "flip_signs",
+    "latent_search",
     "load_zoo",
     "make_zoo",
     "match_states",
     "mlp_spec",
     "move_inputs",
+    "pack_networks",
     "permute_states",
+    "random_networks",
+    "run_networks",
     "run_states",
     "scale_units",
     "shift_phases",
@@ -82,6 +97,7 @@ __all__ = [
     "start_states",
     "trace_permutations",
     "train_states",
+    "unpack_networks",
     "unstack_states",
     "weight_mixup",
     "zoo_kinds",
