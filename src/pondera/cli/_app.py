@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from pondera.cli._compress import compress as compress_files
-from pondera.cli._customize import customize
+from pondera.cli._customize import customize, export
 from pondera.cli._errors import packages_in, packages_of_task, sentence
 from pondera.cli._judge import judge
 from pondera.cli._merge import merge
@@ -27,6 +27,7 @@ app = typer.Typer(
     help="One home for the weights of neural networks and of data.",
 )
 app.command()(customize)
+app.command()(export)
 app.command()(judge)
 app.add_typer(merge, name="merge")
 app.add_typer(compress_files, name="compress")

@@ -726,7 +726,9 @@ def _say_nf4(path: Path, kept: Sequence[str], model: Any, layers: _Layers) -> No
     """The config as transformers wants it for weights of bitsandbytes' 4 bits."""
     config = json.loads(path.read_text(encoding="utf-8"))
     taken = {n.removesuffix(".weight") for n in layers.names} - {n.removesuffix(".weight") for n in kept}
-    others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in taken]
+    from pondera._weights import is_gpt_conv1d
+
+    others = [n for n, m in model.named_modules() if (isinstance(m, nn.Linear) or is_gpt_conv1d(m)) and n not in taken]
     config["quantization_config"] = {
         "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": NF4,
         "bnb_4bit_use_double_quant": False, "bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "uint8",

@@ -14,14 +14,16 @@ torch.Size([5, 8, 2])
 """
 
 from pondera._permute import PermutationSpec, apply_permutation, trace_permutations
-from pondera.weightspace._states import (
-    Standardize,
-    equivariance_error,
-    permute_states,
-    stack_states,
-    unstack_states,
+from pondera.weightspace._states import Standardize, equivariance_error, permute_states, stack_states, unstack_states
+from pondera.weightspace.checkpoint_search import (
+    CheckpointSearch,
+    NeuronGraphEncoder,
+    WeightStatistics,
+    expected_improvement,
+    search_checkpoints,
 )
 from pondera.weightspace.denoised_weights import WeightBlocks, WeightDiffusion
+from pondera.weightspace.hypernet_tuning import HypernetTuner, LinearHypernet
 from pondera.weightspace.latent_networks import (
     FoundNetworks,
     NetworkAutoencoder,
@@ -31,7 +33,10 @@ from pondera.weightspace.latent_networks import (
     run_networks,
     unpack_networks,
 )
+from pondera.weightspace.learngene import distillation_loss, expand_stages, share_stages, stage_counts
+from pondera.weightspace.logah import LoGAH, LowRankDecoder, ParameterGraph, parameter_graph
 from pondera.weightspace.neural_functionals import UniversalFunctional, UniversalInvariant, UniversalNet
+from pondera.weightspace.tangle_search import Choice, EntangledConv2d, EntangledLinear, choices, draw_choices, sparsemax
 from pondera.weightspace.weight_space_nets import DWSInvariant, DWSLayer, DWSNet, mlp_spec
 from pondera.weightspace.weightspace_augment import (
     add_noise,
@@ -58,11 +63,21 @@ from pondera.weightspace.zoo import (
 )
 
 __all__ = [
+    "CheckpointSearch",
+    "Choice",
     "DWSInvariant",
     "DWSLayer",
     "DWSNet",
+    "EntangledConv2d",
+    "EntangledLinear",
     "FoundNetworks",
+    "HypernetTuner",
+    "LinearHypernet",
+    "LoGAH",
+    "LowRankDecoder",
     "NetworkAutoencoder",
+    "NeuronGraphEncoder",
+    "ParameterGraph",
     "PermutationSpec",
     "Standardize",
     "UniversalFunctional",
@@ -70,13 +85,19 @@ __all__ = [
     "UniversalNet",
     "WeightBlocks",
     "WeightDiffusion",
+    "WeightStatistics",
     "Zoo",
     "add_noise",
     "apply_permutation",
+    "choices",
     "coordinates",
+    "distillation_loss",
+    "draw_choices",
     "drop_smallest",
     "drop_weights",
     "equivariance_error",
+    "expand_stages",
+    "expected_improvement",
     "fit_inrs",
     "flip_signs",
     "latent_search",
@@ -86,14 +107,19 @@ __all__ = [
     "mlp_spec",
     "move_inputs",
     "pack_networks",
+    "parameter_graph",
     "permute_states",
     "random_networks",
     "run_networks",
     "run_states",
     "scale_units",
+    "search_checkpoints",
+    "share_stages",
     "shift_phases",
     "siren",
+    "sparsemax",
     "stack_states",
+    "stage_counts",
     "start_states",
     "trace_permutations",
     "train_states",
