@@ -30,14 +30,28 @@ SPEC = trace_permutations(net(), torch.randn(3, 2))
 
 # a layer that takes a batch of states: how to make it, and how many channels its input has (None: none)
 LAYERS: dict[str, tuple] = {
+    "DWSInvariant": (lambda **kw: pondera.weightspace.DWSInvariant(net(), 3, 2, **kw), 3),
+    "DWSLayer": (lambda **kw: pondera.weightspace.DWSLayer(net(), 3, 2, **kw), 3),
+    "DWSNet": (lambda **kw: pondera.weightspace.DWSNet(net(), (4, 4), 2, **kw), None),
     "NeuronGraphEncoder": (lambda **kw: pondera.weightspace.NeuronGraphEncoder(net()).to(**kw), None),
     "Standardize": (lambda **kw: pondera.weightspace.Standardize(nets()).to(**kw), None),
+    "UniversalFunctional": (lambda **kw: pondera.weightspace.UniversalFunctional(SPEC, net(), 3, 2, **kw), 3),
+    "UniversalInvariant": (lambda **kw: pondera.weightspace.UniversalInvariant(SPEC, net(), 3, 2, **kw), 3),
+    "UniversalNet": (lambda **kw: pondera.weightspace.UniversalNet(SPEC, net(), (4, 4), 2, **kw), None),
     "WeightStatistics": (lambda **kw: pondera.weightspace.WeightStatistics(list(nets())), None),
 }
 UNEVEN: set[str] = set()  # layers that are not equivariant by their nature, and say so
 # an augmentation of a batch of states: how it is called, and whether every network's function stays
 MOVES: dict[str, tuple] = {
+    "add_noise": (lambda states, g: pondera.weightspace.add_noise(states, g), False),
+    "drop_smallest": (lambda states, g: pondera.weightspace.drop_smallest(states, g), False),
+    "drop_weights": (lambda states, g: pondera.weightspace.drop_weights(states, g), False),
+    "flip_signs": (lambda states, g: pondera.weightspace.flip_signs(states, g), False),  # exact for odd activations
+    "move_inputs": (lambda states, g: pondera.weightspace.move_inputs(states, g), False),
     "permute_states": (lambda states, g: pondera.weightspace.permute_states(SPEC, states, g), True),
+    "scale_units": (lambda states, g: pondera.weightspace.scale_units(states, g), True),
+    "shift_phases": (lambda states, g: pondera.weightspace.shift_phases(states, g), False),  # exact for SIRENs
+    "weight_mixup": (lambda states, g: pondera.weightspace.weight_mixup(states, g), False),
 }
 # public names that are neither; each has tests of its own
 OTHERS = {
@@ -53,7 +67,10 @@ OTHERS = {
     "MixtureBatchNorm2d",
     "MixtureConv2d",
     "MixtureLinear",
+    "NetworkAutoencoder",
     "PermutationSpec",
+    "WeightBlocks",
+    "WeightDiffusion",
     "apply_permutation",
     "choices",
     "coordinates",
@@ -67,6 +84,12 @@ OTHERS = {
     "load_zoo",
     "make_zoo",
     "parameter_graph",
+    "latent_search",
+    "match_states",
+    "mlp_spec",
+    "pack_networks",
+    "random_networks",
+    "run_networks",
     "run_states",
     "search_checkpoints",
     "select",
@@ -78,6 +101,7 @@ OTHERS = {
     "start_states",
     "trace_permutations",
     "train_states",
+    "unpack_networks",
     "unstack_states",
     "zoo_kinds",
 }

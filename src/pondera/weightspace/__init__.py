@@ -22,7 +22,17 @@ from pondera.weightspace.checkpoint_search import (
     expected_improvement,
     search_checkpoints,
 )
+from pondera.weightspace.denoised_weights import WeightBlocks, WeightDiffusion
 from pondera.weightspace.hypernet_tuning import HypernetTuner, LinearHypernet
+from pondera.weightspace.latent_networks import (
+    FoundNetworks,
+    NetworkAutoencoder,
+    latent_search,
+    pack_networks,
+    random_networks,
+    run_networks,
+    unpack_networks,
+)
 from pondera.weightspace.learngene import distillation_loss, expand_stages, share_stages, stage_counts
 from pondera.weightspace.logah import LoGAH, LowRankDecoder, ParameterGraph, parameter_graph
 from pondera.weightspace.mixture_growth import (
@@ -33,7 +43,20 @@ from pondera.weightspace.mixture_growth import (
     grow,
     select,
 )
+from pondera.weightspace.neural_functionals import UniversalFunctional, UniversalInvariant, UniversalNet
 from pondera.weightspace.tangle_search import Choice, EntangledConv2d, EntangledLinear, choices, draw_choices, sparsemax
+from pondera.weightspace.weight_space_nets import DWSInvariant, DWSLayer, DWSNet, mlp_spec
+from pondera.weightspace.weightspace_augment import (
+    add_noise,
+    drop_smallest,
+    drop_weights,
+    flip_signs,
+    match_states,
+    move_inputs,
+    scale_units,
+    shift_phases,
+    weight_mixup,
+)
 from pondera.weightspace.zoo import (
     Zoo,
     coordinates,
@@ -50,8 +73,12 @@ from pondera.weightspace.zoo import (
 __all__ = [
     "CheckpointSearch",
     "Choice",
+    "DWSInvariant",
+    "DWSLayer",
+    "DWSNet",
     "EntangledConv2d",
     "EntangledLinear",
+    "FoundNetworks",
     "HypernetTuner",
     "LinearHypernet",
     "LoGAH",
@@ -60,30 +87,49 @@ __all__ = [
     "MixtureBatchNorm2d",
     "MixtureConv2d",
     "MixtureLinear",
+    "NetworkAutoencoder",
     "NeuronGraphEncoder",
     "ParameterGraph",
     "PermutationSpec",
     "Standardize",
+    "UniversalFunctional",
+    "UniversalInvariant",
+    "UniversalNet",
+    "WeightBlocks",
+    "WeightDiffusion",
     "WeightStatistics",
     "Zoo",
+    "add_noise",
     "apply_permutation",
     "choices",
     "coordinates",
     "distillation_loss",
     "draw_choices",
+    "drop_smallest",
+    "drop_weights",
     "equivariance_error",
     "expand_stages",
     "expected_improvement",
     "fit_inrs",
+    "flip_signs",
     "grow",
+    "latent_search",
     "load_zoo",
     "make_zoo",
+    "match_states",
+    "mlp_spec",
+    "move_inputs",
+    "pack_networks",
     "parameter_graph",
     "permute_states",
+    "random_networks",
+    "run_networks",
     "run_states",
+    "scale_units",
     "search_checkpoints",
     "select",
     "share_stages",
+    "shift_phases",
     "siren",
     "sparsemax",
     "stack_states",
@@ -91,6 +137,8 @@ __all__ = [
     "start_states",
     "trace_permutations",
     "train_states",
+    "unpack_networks",
     "unstack_states",
+    "weight_mixup",
     "zoo_kinds",
 ]
