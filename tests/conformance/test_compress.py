@@ -42,12 +42,64 @@ def fresh(dtype=torch.float32):
 
 # how a method is called: (model, calibration batches (inputs, targets), loss) -> report
 METHODS = {
+    "evolution_tickets": lambda model, data, loss: pondera.compress.evolution_tickets(
+        model, data, 0.5, loss=loss, generations=3, population=8
+    ),
+    "fisher_svd": lambda model, data, loss: pondera.compress.fisher_svd(model, data, 0.6, loss=loss),
     "magnitude_prune": lambda model, data, loss: pondera.compress.magnitude_prune(model, 0.4),
+    "net_trim": lambda model, data, loss: pondera.compress.net_trim(model, data, 0.1, loss=loss),
+    "ompq": lambda model, data, loss: pondera.compress.ompq(model, data, 3.0, loss=loss),
     "quantize": lambda model, data, loss: pondera.compress.quantize(model, 3),
+    "relevance_prune": lambda model, data, loss: pondera.compress.relevance_prune(model, data, loss=loss),
+    "requant": lambda model, data, loss: pondera.compress.requant(model, data, 3, loss=loss),
+    "signal_to_noise_prune": lambda model, data, loss: pondera.compress.signal_to_noise_prune(
+        model,
+        {f"{n}.weight": 1 + m.weight.detach() ** 2 for n, m in model.named_children() if hasattr(m, "in_features")},
+        0.5,
+    ),
+    "sketch_prune": lambda model, data, loss: pondera.compress.sketch_prune(
+        model, data, keep=0.4, score="snip", loss=loss, generator=torch.Generator().manual_seed(0)
+    ),
 }
-BLIND = {"magnitude_prune", "quantize"}  # look at no data
+BLIND = {"magnitude_prune", "quantize", "signal_to_noise_prune"}  # look at no data
 # public names that are no method of this form; each has tests of its own
-OTHERS = {"LowRankLinear", "bake", "cost", "density", "hold_masks", "masks_of", "quantize_tensor"}
+OTHERS = {
+    "ConfidenceGuidedAnnealing",
+    "DynamicSparsity",
+    "LowRankLinear",
+    "OscillationTracker",
+    "QKRAttention",
+    "SNES",
+    "SelectiveDecay",
+    "SepCMAES",
+    "SparseTasks",
+    "StatsQ",
+    "allocate_bits",
+    "bake",
+    "cost",
+    "density",
+    "erdos_renyi_densities",
+    "evolve",
+    "fisher_factors",
+    "hold_masks",
+    "load_compressed",
+    "masks_of",
+    "nearest_kronecker",
+    "net_trim_weight",
+    "orthogonality",
+    "post_quantization_integral",
+    "prune_files",
+    "pruning_scores",
+    "quantize_files",
+    "quantize_tensor",
+    "rewire_mask",
+    "sketch_error",
+    "sketch_mask",
+    "sketch_masks",
+    "sketch_probabilities",
+    "svd_files",
+    "weighted_svd",
+}
 EVERY = sorted(METHODS)
 
 

@@ -2,12 +2,17 @@
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -17,6 +22,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -94,4 +101,48 @@ def flux():
     )  # fmt: skip
 
 
-PIPELINES = {"sd15": stable_diffusion, "sdxl": stable_diffusion_xl, "flux": flux}
+def stable_diffusion_3():
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=16, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, out_channels=4, pos_embed_max_size=32,
+    ).eval()  # fmt: skip
+    t5 = T5EncoderModel(T5Config(vocab_size=len(WORDS), d_model=64, d_ff=37, d_kv=8, num_heads=4, num_layers=1)).eval()
+    return StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(4), text_encoder=clip(projected=True),
+        tokenizer=tokenizer(), text_encoder_2=clip(projected=True), tokenizer_2=tokenizer(), text_encoder_3=t5,
+        tokenizer_3=tokenizer(), transformer=transformer,
+    )  # fmt: skip
+
+
+def sana():
+    torch.manual_seed(0)
+    transformer = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2,
+        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=32, sample_size=8, patch_size=1,
+    ).eval()  # fmt: skip
+    deep = AutoencoderDC(
+        in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)), encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=[1, 1], downsample_block_type="conv", upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.41407,
+    ).eval()  # fmt: skip
+    config = Gemma2Config(
+        head_dim=16, hidden_size=32, initializer_range=0.02, intermediate_size=64, max_position_embeddings=512,
+        num_attention_heads=2, num_hidden_layers=1, num_key_value_heads=2, vocab_size=len(WORDS), attn_implementation="eager",
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return SanaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=deep, text_encoder=Gemma2Model(config).eval(),
+        tokenizer=tokenizer(300), transformer=transformer,
+    )  # fmt: skip
+
+
+PIPELINES = {
+    "sd15": stable_diffusion,
+    "sdxl": stable_diffusion_xl,
+    "flux": flux,
+    "sd3": stable_diffusion_3,
+    "sana": sana,
+}

@@ -389,3 +389,4 @@ if __name__ == "__main__":
     if dist.get_rank() == 0:
         torch.save(weights, f"{folder}/weights.pt")
     dist.destroy_process_group()
+    os._exit(0)  # a thread of gloo's may still run, and end the interpreter's own exit by an abort

@@ -123,3 +123,4 @@ if __name__ == "__main__":
             torch.save(result, folder / f"{kind}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # a thread of gloo may still run, and end the exit of the interpreter by an abort

@@ -48,9 +48,12 @@ def test_every_public_object_is_named_by_a_row(room):
         f"pondera.nn.{name}" for name in ("act_on", "equivariance_error", "group_element", "rate_groups", "swap_linear")
     }
     kept = ("LowRankLinear", "bake", "cost", "density", "hold_masks", "magnitude_prune", "masks_of", "quantize")
-    shared |= {f"pondera.compress.{name}" for name in (*kept, "quantize_tensor")}
+    files = ("load_compressed", "prune_files", "quantize_files", "svd_files")
+    shared |= {f"pondera.compress.{name}" for name in (*kept, *files, "quantize_tensor")}
     states = ("Standardize", "equivariance_error", "permute_states", "stack_states", "unstack_states")
-    shared |= {f"pondera.weightspace.{name}" for name in (*states, "apply_permutation", "trace_permutations")}
+    zoo = ("coordinates", "fit_inrs", "load_zoo", "make_zoo", "run_states", "siren", "start_states", "train_states")
+    tools = (*states, *zoo, "zoo_kinds", "apply_permutation", "trace_permutations")
+    shared |= {f"pondera.weightspace.{name}" for name in tools}
     module = importlib.import_module(f"pondera.{room}")
     results = {
         n

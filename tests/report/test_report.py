@@ -1,5 +1,6 @@
 """The report as text: what it says, that it says it safely, and that the code it gives does what the lab did."""
 
+import inspect
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from pondera.doctor._snippet import snippet
 from pondera.errors import BadInput
 from pondera.lab import Recipe, load_task
 from pondera.lab.plan import Tried
-from pondera.lab.recipe import ROOMS, names
+from pondera.lab.recipe import CALIBRATION, ROOMS, names
 from pondera.lab.results import Comparison, Row
 from pondera.lab.space import Point
 from pondera.lab.stats import difference
@@ -389,6 +390,15 @@ def as_the_lab_does(recipe: Recipe, rate: float, steered: bool) -> nn.Module:
     model, loader = small_model(), data()
     torch.manual_seed(3)
     recipe.start(model, loader[0][0], torch.default_generator)
+
+    def shrink(at: str) -> bool:
+        if recipe.compresses_at != at:
+            return False
+        loss = lambda m, batch: nn.functional.cross_entropy(m(batch[0]), batch[1])
+        recipe.shrink(model, iter(loader), loss, lambda batch: batch[0], torch.Generator().manual_seed(0))
+        return True
+
+    shrink("start")
     optimizers = recipe.optimizers(model, rate, "AdamW")
     base = [[g["lr"] for g in o.param_groups] for o in optimizers]
     for step, (x, y) in enumerate(loader, 1):
@@ -401,6 +411,10 @@ def as_the_lab_does(recipe: Recipe, rate: float, steered: bool) -> nn.Module:
         (loss if penalty is None else loss + penalty).backward()
         for o in optimizers:
             o.step()
+        if step == round(0.8 * STEPS) and shrink("late"):
+            optimizers = recipe.optimizers(model, rate, "AdamW")
+            base = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    shrink("end")
     return model
 
 
@@ -408,6 +422,10 @@ def as_the_snippet_does(recipe: Recipe, rate: float, schedule: str) -> nn.Module
     model, loader = small_model(), data()
     code = snippet(recipe, rate, steps=STEPS, schedule=schedule)
     mine = {"model": model, "loader": loader, "batch": loader[0][0], "loss_fn": nn.functional.cross_entropy}
+    small = recipe.choice("compress")
+    if small is not None:  # as the snippet says: whole batches where a loss is asked for, else inputs
+        whole = "loss" in inspect.signature(small.resolve()).parameters
+        mine["calibration"] = [batch if whole else batch[0] for batch in loader[:CALIBRATION]]
     torch.manual_seed(3)
     exec(compile(code, "snippet", "exec"), mine)
     return model
@@ -436,6 +454,7 @@ def assert_same(recipe: Recipe, schedule: str = "cosine", rate: float = 0.01) ->
         "init=torch.nn.init:xavier_uniform_",
         "layer=Btt(rank=2)",
         "layer=Monarch(only='0',scaled=False)+init=structured_start",
+        "compress=magnitude_prune(keep=0.3)+optim=SGD(momentum=0.9)",
     ],
 )
 def test_snippet_trains_as_the_lab_did(recipe: str, schedule: str) -> None:

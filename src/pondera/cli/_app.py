@@ -10,11 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from pondera.cli._customize import customize
+from pondera.cli._compress import compress as compress_files
+from pondera.cli._customize import customize, export
 from pondera.cli._errors import packages_in, packages_of_task, sentence
 from pondera.cli._judge import judge
 from pondera.cli._merge import merge
 from pondera.cli._print import console, escape, new_table
+from pondera.cli._zoo import zoo
 from pondera.errors import BadInput, nearest, require_extra
 
 app = typer.Typer(
@@ -25,8 +27,11 @@ app = typer.Typer(
     help="One home for the weights of neural networks and of data.",
 )
 app.command()(customize)
+app.command()(export)
 app.command()(judge)
 app.add_typer(merge, name="merge")
+app.add_typer(compress_files, name="compress")
+app.add_typer(zoo, name="zoo")
 
 
 def main() -> None:
@@ -180,6 +185,10 @@ def compare(
     adapter: Annotated[list[str] | None, typer.Option(help="Also compare this adapter; repeatable.")] = None,
     penalty: Annotated[list[str] | None, typer.Option(help="Also compare this penalty; repeatable.")] = None,
     optim: Annotated[list[str] | None, typer.Option(help="Also compare this optimizer; repeatable.")] = None,
+    compress: Annotated[
+        list[str] | None,
+        typer.Option(help='Also compare this compression, late in training: "magnitude_prune(keep=0.1)"; repeatable.'),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Units of each recipe, every one tuned for itself.")] = 5,
     until_decided: Annotated[
         bool, typer.Option("--until-decided", help="Add seeds until each verdict is in; false calls stay at 5% in all.")
@@ -220,6 +229,7 @@ def compare(
         "init": init,
         "parametrize": parametrize,
         "adapter": adapter,
+        "compress": compress,
         "penalty": penalty,
         "optim": optim,
     }
@@ -451,10 +461,13 @@ def reproduce(
 
 
 def _print_comparison(c: Any) -> None:
+    from pondera._words import size_in_words
     from pondera.lab.stats import undecided
 
     title = f"{c.task.name}: {c.task.settings.score}, {c.seeds} seeds, {c.steps} steps a run"
-    table = new_table("recipe", "rate", "score [95%]", "difference to the first", "verdict", "ms/step", title=title)
+    sizes = ("size", "multiplications") if c.compressed else ()
+    heads = ("recipe", "rate", "score [95%]", "difference to the first", "verdict", *sizes, "ms/step")
+    table = new_table(*heads, title=title)
     for r in c.rows:
         mean, low, high = r.score
         d = r.difference
@@ -466,6 +479,7 @@ def _print_comparison(c: Any) -> None:
             f"{_number(mean)} \\[{_number(low)}, {_number(high)}]",
             f"{d.mean:+.4f} \\[{d.low:+.4f}, {d.high:+.4f}]" if d else "",
             f"[{colour}]{r.verdict}{edge}[/{colour}]",
+            *([size_in_words(r.size.bytes), f"{r.size.multiplications:,.0f}"] if r.size else ["", ""])[: len(sizes)],
             _number(1e3 * r.step_seconds, ".2f"),
         )
     console().print(table)

@@ -1,11 +1,23 @@
 """What a compression did, layer by layer: plain data, said in words, written as JSON."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 Facts = Mapping[str, Any]
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def applied(at: str) -> Callable[[Method], Method]:
+    """When a recipe applies a method: at the "start" of training, "late" in it (four fifths through; the rule), or at its
+    "end", for what training on would undo."""
+
+    def mark(method: Method) -> Method:
+        method.at = at  # type: ignore[attr-defined]
+        return method
+
+    return mark
 
 
 @dataclass(frozen=True)

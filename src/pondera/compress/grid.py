@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pondera._weights import Owned, require_owned
-from pondera.compress._report import CompressReport, LayerChange
+from pondera.compress._report import CompressReport, LayerChange, applied
 from pondera.errors import BadInput, require_finite
 
 SCALE_BITS = 16
@@ -83,6 +83,7 @@ def quantize_tensor(
     return Quantised(codes, scale, bits, tuple(weight.shape))
 
 
+@applied("end")
 @torch.no_grad()
 def quantize(
     model: nn.Module, bits: int | Mapping[str, int] = 4, *, group: int | None = None, clip: float = 1.0

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from pondera.errors import BadInput
-from pondera.lab.recipe import _DOORS, _ENDING, DEFAULT_FACTOR, Choice, Recipe, material_of, parse_choice
+from pondera.lab.loop import COMPRESSED_AT
+from pondera.lab.recipe import _DOORS, _ENDING, CALIBRATION, DEFAULT_FACTOR, Choice, Recipe, material_of, parse_choice
 from pondera.lab.train import START_BATCH, WARM_UP
 
 EACH_LAYER = "    if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):"
@@ -47,16 +48,22 @@ def snippet(
     scaled = layer is not None and layer.kwargs.get("scaled", True) and hasattr(layer.resolve(), "rates")
     optimizers = _optimizers(moved, rate, scaled)
     many = len(optimizers) > 1
+    small, at = recipe.choice("compress"), recipe.compresses_at
+    made = [line for lines in optimizers for line in lines] + (["optimizers = [muon, adamw]"] if many else [])
+    late = _late(small, made, steps, many, schedule == "cosine") if small and at == "late" else []
     blocks = [
         _swap(layer) if layer else [],
         _batch_note([c for c in (start, held) if c]),
         _start(start) if start else [],
         _hold(held) if held else [],
         _adapt(adapter, adapt or {}) if adapter else [],
+        _calibration_note(small) if small else [],
+        [_compress(small)] if small and at == "start" else [],
         [line for lines in optimizers for line in lines],
         ["optimizers = [muon, adamw]"] if many else [],
         _steering(steps, many) if schedule == "cosine" else [],
-        _loop(recipe.choice("penalty"), many, schedule == "cosine"),
+        _loop(recipe.choice("penalty"), many, schedule == "cosine", late),
+        [_compress(small)] if small and at == "end" else [],
     ]
     body = "\n\n".join("\n".join(block) for block in blocks if block).replace("torch.nn.", "nn.")
     used = (
@@ -64,6 +71,7 @@ def snippet(
         | ({"peft"} if adapter else set())
         | ({"pondera.optim"} if "pondera.optim." in body else set())
         | ({"pondera.nn"} if "pondera.nn." in body else set())
+        | ({"pondera.compress"} if "pondera.compress." in body else set())
     )
     lines = {f"import {module}" for module in used if not module.startswith("torch.")}
     lines |= {"import torch"} if "torch." in body else set()
@@ -178,7 +186,35 @@ def _steering(steps: int, many: bool) -> list[str]:
     ]
 
 
-def _loop(penalty: Choice | None, many: bool, steered: bool) -> list[str]:
+def _calibration_note(choice: Choice) -> list[str]:
+    takes = inspect.signature(choice.resolve()).parameters
+    of = "(inputs, target)" if "loss" in takes else "inputs"
+    return [f"# calibration: a list of {CALIBRATION} training batches, each {of}"] if "calibration" in takes else []
+
+
+def _compress(choice: Choice) -> str:
+    takes = inspect.signature(choice.resolve()).parameters
+    given = ["model", *(["calibration"] if "calibration" in takes else [])]
+    given += ["loss=lambda model, batch: loss_fn(model(batch[0]), batch[1])"] if "loss" in takes else []
+    return _call(choice, *given)
+
+
+def _late(choice: Choice, made: list[str], steps: int, many: bool, steered: bool) -> list[str]:
+    """Within the loop: compress, and go on with optimizers of what is left."""
+    at = max(1, round(COMPRESSED_AT * steps))
+    lines = [f"if step == {at}:  # the rest of the steps trains what is left", f"    {_compress(choice)}"]
+    lines += [f"    {line}" for line in made]
+    if steered:
+        new = "torch.optim.lr_scheduler.LambdaLR({}, lambda done: share(done + " + str(at) + "))"
+        lines += [
+            f"    schedulers = [{new.format('o')} for o in optimizers]"
+            if many
+            else f"    scheduler = {new.format('optimizer')}"
+        ]
+    return [f"    {line}" for line in lines]
+
+
+def _loop(penalty: Choice | None, many: bool, steered: bool, late: list[str]) -> list[str]:
     def each(what: str, call: str) -> list[str]:
         return [f"    for one in {what}s:", f"        one.{call}()"] if many else [f"    {what}.{call}()"]
 
@@ -188,12 +224,13 @@ def _loop(penalty: Choice | None, many: bool, steered: bool) -> list[str]:
         factor = kwargs.pop("factor", DEFAULT_FACTOR)
         loss += f" + {_literal(factor)} * {_call(Choice('penalty', penalty.name, tuple(kwargs.items())), 'model')}"
     return [
-        "for inputs, target in loader:",
+        "for step, (inputs, target) in enumerate(loader, 1):" if late else "for inputs, target in loader:",
         *each("optimizer", "zero_grad"),
         loss,
         "    loss.backward()",
         *each("optimizer", "step"),
         *(each("scheduler", "step") if steered else []),
+        *late,
     ]
 
 

@@ -21,7 +21,7 @@ from pondera.lab.loggers import Log, Logger, logger
 from pondera.lab.loop import Diverged, by_the_user
 from pondera.lab.plan import TRIALS, Block, Design, Plan, Unit
 from pondera.lab.recipe import Recipe, as_recipe
-from pondera.lab.results import Comparison, Row
+from pondera.lab.results import Comparison, Row, Size
 from pondera.lab.space import grid, points
 from pondera.lab.stats import LEVEL, NONE, STEPS_SHARE, Difference, difference, family, ladder_step, nominal_level
 from pondera.lab.store import Store
@@ -486,9 +486,14 @@ def _rows(plan: Plan, given: Sequence[str]) -> list[Row]:
                 bounds=task.bounds,
                 seeds=tuple(u.seed for u in units),
                 peak_memory=_median([m for e in fine if (m := e.get("peak_memory")) is not None]),
+                size=_size([c for e in fine if (c := e.get("cost"))]),
             )
         )
     return _judged(rows, plan)
+
+
+def _size(costs: list[dict[str, float]]) -> Size | None:
+    return Size(**{k: _median([c[k] for c in costs]) for k in costs[0]}) if costs else None
 
 
 def _judged(rows: list[Row], plan: Plan) -> list[Row]:

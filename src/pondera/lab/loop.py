@@ -17,6 +17,7 @@ from pondera.lab.recipe import Recipe
 from pondera.lab.task import Task
 
 WARM_UP = 0.05
+COMPRESSED_AT = 0.8  # share of the steps after which a recipe's compression is applied; the rest trains what is left
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Parts = dict[str, Any]  # what a run is scored on: "valid", "test" or both
 
@@ -76,6 +77,9 @@ def by_the_lab(
     curve_of = parts.get("test", parts.get("valid"))
     shown = model if average is None else average.module
     by_closure = any(asks(o) == "closure" for o in optimizers)
+    squeeze = recipe.compresses_at
+    late = max(1, round(COMPRESSED_AT * steps)) if squeeze == "late" else None
+    reports: list[Any] = []
     plain = s.precision == "no" and scaler is None and s.accumulate == 1 and s.clip is None
 
     def scored(part: Any) -> float:
@@ -125,6 +129,18 @@ def by_the_lab(
         if average is not None:
             average.update_parameters(model)
         losses.append(value)
+        if step == late and step < stop:
+            reports.append(compressed(task, recipe, model, fit, seed, device))
+            optimizers = recipe.optimizers(model, rate, s.optim)  # of what is left
+            base = [[g["lr"] for g in o.param_groups] for o in optimizers]
+            trained = torch.compile(model) if s.compile else model
+            if average is not None:
+                average = torch.optim.swa_utils.AveragedModel(
+                    model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(s.ema)
+                )
+            shown = model if average is None else average.module
+        if step == stop == steps and squeeze is not None and (squeeze == "end" or late == stop):
+            reports.append(compressed(task, recipe, shown, fit, seed, device))
         if step in marks:
             seconds += time.perf_counter() - clock
             score = scored(curve_of)
@@ -140,7 +156,18 @@ def by_the_lab(
         "train_loss": curve[-1][3],
         "step_seconds": seconds / stop,
         "model": shown,
+        "reports": reports,
     }
+
+
+def compressed(task: Task, recipe: Recipe, model: nn.Module, fit: Any, seed: int, device: str) -> Any:
+    """The report of the recipe's compression, applied to `model` on batches of the training data of its own draw.
+
+    What it draws follows the seed, and leaves the run's own draws alone. The model's mode is as it was.
+    """
+    feed = (moved(batch, device) for batch in batches(fit, task.settings.batch, seed + 1))
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    return recipe.shrink(model, feed, task.loss, task.inputs, generator)
 
 
 def asks(optimizer: torch.optim.Optimizer) -> str | None:
@@ -251,6 +278,8 @@ class Run:
         self._recipe, self._task, self._data_seed = recipe, task, data_seed
         self._began = time.perf_counter()
         self._penalised = False
+        self._fit_to = fit
+        self.reports: list[Any] = []
         self.curve: list[list[float]] = []
         self._losses: list[float] = []
         self._seconds = 0.0
@@ -279,6 +308,20 @@ class Run:
         self._penalised = True
         penalty = self._recipe.penalty_of(self.model)
         return loss if penalty is None else loss + penalty
+
+    def compress(self) -> bool:
+        """Apply the recipe's compression, where it has one, and make the optimizers anew for what is left; whether it did.
+
+        Call it late in the training, where the loop can train on; for a quantiser at the end. One that prunes at the start
+        has done so.
+        """
+        if self._recipe.compresses_at in (None, "start") or self.reports:
+            return False
+        self.reports.append(
+            compressed(self._task, self._recipe, self.model, self._fit_to, self._data_seed, self.device)
+        )
+        self.optimizers = self._recipe.optimizers(self.model, self.rate, self.settings.optim)
+        return True
 
     def share(self, step: int) -> float:
         """Share of the peak rate at 1-based `step` under the lab's schedule: 5% warm-up, then a cosine to zero."""
@@ -311,6 +354,10 @@ def by_the_user(
         raise BadInput(
             f"the recipe has a penalty, and train() of the task {task.name} never called run.loss(loss), which adds it"
         )
+    if recipe.compresses_at not in (None, "start") and not run.reports:
+        raise BadInput(
+            f"the recipe has a compression, and train() of the task {task.name} never called run.compress(), which applies it"
+        )
     model.eval()
     scores = {name: _scored(given, task, model, name, part, len(parts)) for name, part in parts.items()}
     for name, value in scores.items():
@@ -327,6 +374,7 @@ def by_the_user(
         "train_loss": curve[-1][3],
         "step_seconds": seconds / steps,
         "model": model,
+        "reports": run.reports,
     }
 
 

@@ -22,7 +22,7 @@ from pondera.lab.space import Axis, Log, OneOf, Point, Space, Uniform, make
 ROOMS = ("layer", "init", "parametrize", "adapter", "compress", "penalty", "optim")
 _DOORS: dict[str, tuple[str, ...]] = {  # where a room's names are looked up, in this order
     "layer": ("pondera.nn",),
-    "compress": (),
+    "compress": ("pondera.compress",),
     "init": ("pondera.init", "torch.nn.init", "pondera.nn"),  # the last for the starts of its own layers
     "parametrize": ("pondera.parametrize", "torch.nn.utils.parametrizations"),
     "adapter": ("pondera.adapters", "peft"),
@@ -39,7 +39,9 @@ _SHARED = {  # what a recipe applies a room's methods with, whoever wrote them
     "layer": "pondera.nn.swap",
 }
 _OF_SWAP = ("only", "head", "match", "scaled")  # arguments of layer= that say where layers go, not what they are
+_GIVEN_TO_COMPRESS = ("calibration", "loss", "generator")  # what the lab gives a compression besides the model
 DEFAULT_FACTOR = 0.01
+CALIBRATION = 8  # training batches that a compression looks at
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,15 @@ class Choice:
 
     def check(self) -> None:
         """Raise BadInput for an unknown name or an argument the method does not take."""
-        method = self.resolve() if _DOORS[self.room] or ":" in self.name else None
-        if not _DOORS[self.room] or method is None:
-            raise BadInput(f"the room {self.room} has no method yet, got {self.room}={self.name}")
+        method = self.resolve()
         try:
             known = inspect.signature(method).parameters
         except ValueError:  # a builtin without a signature: its own call will judge
             return
-        settable = [
-            p for p in known if p not in ("self", "params", "lr", "batch", "generator", "model", "weight", "target")
-        ]
+        given = ("self", "params", "lr", "batch", "generator", "model", "weight", "target")
+        settable = [p for p in known if p not in given]
+        if self.room == "compress":
+            settable = [p for p in known if p not in ("model", *_GIVEN_TO_COMPRESS)]
         if self.room == "layer":
             settable = [p for p in list(known)[2:] if p not in ("self", "bias", "device", "dtype")] + [*_OF_SWAP]
         if self.room == "penalty":
@@ -116,7 +117,9 @@ class Recipe:
         layer: of `pondera.nn`, in the place of the model's linear layers but the head: ``"Btt(rank=2)"``; ``only='blocks.*'``,
             ``head=True`` and ``match='parameters'`` are those of `pondera.nn.swap_linear`. Where the layers say how their
             rates scale, the optimizer follows it; ``scaled=False`` leaves that out.
-        compress: a room of its own, without a method yet.
+        compress: of `pondera.compress`: ``"magnitude_prune(keep=0.1)"``. Applied four fifths through the steps, on
+            `CALIBRATION` training batches, so that the last fifth trains what is left; a method that training on would undo
+            (a quantiser) at the end, one that prunes before training at the start. Size and multiplications are reported.
     An argument may be searched along with the learning rate: ``"AdamW(weight_decay=log(1e-3,1))"``, ``"Lora(r=choice(4,8))"``,
     ``"SGD(momentum=uniform(0.5,0.99))"``; every recipe of a comparison gets the same number of trials all the same.
     A method of your own is named ``module:object`` where Python can import it. Reading such a recipe imports the module,
@@ -249,6 +252,32 @@ class Recipe:
         if adapter is not None:
             _put_on(adapter, model, batch, generator, adapt or {})
         return model
+
+    @property
+    def compresses_at(self) -> str | None:
+        """When the recipe's compression is applied: "start", "late" or "end"; None where there is none."""
+        choice = self.choice("compress")
+        return None if choice is None else str(getattr(choice.resolve(), "at", "late"))
+
+    def shrink(
+        self, model: nn.Module, feed: Iterator[Any], loss: Callable[..., Tensor], inputs: Callable[[Any], Any],
+        generator: torch.Generator,
+    ) -> Any:  # fmt: skip
+        """Apply the recipe's compression to `model`, in place; its report.
+
+        feed: training batches, of which it sees `CALIBRATION`; their `inputs` alone where it asks for no `loss`.
+        """
+        choice = self.choice("compress")
+        assert choice is not None, "a recipe with a compression"
+        method = choice.resolve()
+        takes = inspect.signature(method).parameters
+        given: dict[str, Any] = {"generator": generator} if "generator" in takes else {}
+        if "calibration" in takes:
+            seen = [next(feed) for _ in range(CALIBRATION)]
+            given["calibration"] = seen if "loss" in takes else [inputs(batch) for batch in seen]
+        if "loss" in takes:
+            given["loss"] = loss
+        return method(model, **given, **choice.kwargs)
 
     def penalty_of(self, model: nn.Module) -> Tensor | None:
         """The penalty times its factor, or None."""
@@ -409,6 +438,10 @@ def _fits(room: str, public: str, value: Any) -> bool:
     if not inspect.isfunction(value):
         return False
     first, *others = inspect.signature(value).parameters.values()
+    if room == "compress":
+        gives = inspect.signature(value).return_annotation
+        rest = [p for p in others if p.name not in _GIVEN_TO_COMPRESS and p.default is p.empty]
+        return first.name == "model" and not rest and getattr(gives, "__name__", gives) == "CompressReport"
     if room == "parametrize":
         return first.name == "module" or any(p.name == "batch" for p in others)
     alone = all(p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in others)
@@ -437,7 +470,7 @@ def _named(room: str, name: str) -> Callable[..., Any]:
         kind = "a subclass of nn.Module that is made of (in_features, out_features)"
     elif room == "adapter":
         fits, kind = _is_class(found, _open(room, "peft").PeftConfig), "a subclass of peft.PeftConfig"
-    elif room in ("init", "penalty"):
+    elif room in ("init", "penalty", "compress"):
         fits, kind = _is_function(found), "a Python function whose first parameter takes the model"
     else:
         fits = _is_class(found, nn.Module) or _is_function(found)

@@ -29,6 +29,15 @@ OTHER = "#eaeef2;color:#32383f"
 SIGNS = {"better": "▲ ", "worse": "▼ ", NONE: "○ "}
 
 
+@dataclass(frozen=True)
+class Size:
+    """Of a trained model: numbers that are not zero, bytes to store it, multiplications over one example."""
+
+    numbers: float
+    bytes: float
+    multiplications: float
+
+
 @dataclass(frozen=True, repr=False)
 class Row:
     """What came of one recipe.
@@ -41,6 +50,7 @@ class Row:
     target: median (steps, seconds) at which the baseline's mean score was first reached, None where less than half
     of the units did. seeds: the units' seeds. lost: trials that did not finish, by reason. peak_memory: median over the
     units' runs, in bytes; nan where it was not measured (on the processor: above what the process held before the run).
+    size: of the trained model, medians over the units; None where it could not be counted.
     """
 
     spec: str
@@ -64,6 +74,7 @@ class Row:
     bounds: tuple[float, float] = (-math.inf, math.inf)
     seeds: tuple[int, ...] = ()
     peak_memory: float = math.nan
+    size: Size | None = None
 
     def __repr__(self) -> str:
         places = decimals(_halves([self]))
@@ -186,6 +197,11 @@ class Comparison:
     level: float = LEVEL
 
     @property
+    def compressed(self) -> bool:
+        """Whether a recipe compresses, so that size stands beside the score."""
+        return any(r.recipe.compress is not None and r.size is not None for r in self.rows)
+
+    @property
     def ok(self) -> bool:
         """Whether every recipe finished all its units."""
         return not any(r.failed for r in self.rows)
@@ -205,6 +221,7 @@ class Comparison:
             row |= {"verdict": r.verdict, "could_show": d.shown if d else None, "seeds_needed": d.needed if d else None}
             row |= {"scores": r.scores, "failed": r.failed, "setting": str(r.setting), "at_an_edge": r.edge}
             row |= {"rates": [None if p is None else p.rate for p in r.chosen], "trials_lost": r.lost}
+            row |= asdict(r.size) if r.size else dict.fromkeys(("numbers", "bytes", "multiplications"))
             if timing:
                 row |= {"step_seconds": r.step_seconds, "start_seconds": r.start_seconds}
                 e = r.at_equal_time

@@ -6,7 +6,7 @@ import math
 import random
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -17,7 +17,7 @@ from torch import nn
 
 from pondera.errors import BadInput, NotFinite
 from pondera.lab.data import batches, count, head, moved, once, placed, some
-from pondera.lab.loop import WARM_UP, Diverged, by_the_lab, by_the_user, cast, schedule
+from pondera.lab.loop import WARM_UP, Diverged, by_the_lab, by_the_user, cast, compressed, schedule
 from pondera.lab.recipe import Recipe
 from pondera.lab.task import Task, canonical, task_from_source
 from pondera.probe._signal import measure
@@ -194,6 +194,8 @@ def prepare(task: Task, recipe: Recipe, seed: int, fit: Any, device: str = "cpu"
     inputs = task.inputs(moved(next(batches(fit, START_BATCH, stream(seed, "data"))), device))
     generator = torch.Generator(device).manual_seed(stream(seed, f"start{recipe.salt or ''}"))
     recipe.start(model, inputs, generator, lambda name: fit if name == "examples" else task.material(name), task.adapt)
+    if recipe.compresses_at == "start":
+        compressed(task, recipe, model, fit, stream(seed, f"compress{recipe.salt or ''}"), device)
     torch.manual_seed(stream(seed, f"training{recipe.salt or ''}"))  # dropout and the like
     return model
 
@@ -235,6 +237,8 @@ def _train(spec: RunSpec) -> dict[str, Any]:
     except NotFinite as error:  # from an optimizer within a loop of the user's
         return out | {"status": "diverged", "reason": str(error), "curve": []}
     out |= {"train_loss": done["train_loss"], "step_seconds": done["step_seconds"], "score": done["scores"].get("test")}
+    if spec.phase != "rung":
+        out["cost"] = _cost(task, done["model"], fit, done["reports"], spec.device)
     if "valid" in parts:
         out |= {"valid": done["scores"]["valid"], "valid_loss": _loss_on(task, done["model"], parts["valid"], spec)}
         if not math.isfinite(out["valid"]):
@@ -264,6 +268,17 @@ def _loss_on(task: Task, model: nn.Module, held: Any, spec: RunSpec) -> float:
             return 0.0
         raise
     return total / seen if math.isfinite(total) else math.inf
+
+
+def _cost(task: Task, model: nn.Module, fit: Any, reports: list[Any], device: str) -> dict[str, Any] | None:
+    """What the trained model holds, takes to store and multiplies on one example; None where that cannot be counted."""
+    from pondera.compress import cost
+
+    try:
+        few = moved(some(fit, min(8, task.settings.batch)), device)
+        return asdict(cost(model, task.inputs(few), reports=reports))
+    except Exception:
+        return None
 
 
 def _signal(task: Task, model: nn.Module, fit: Any, device: str) -> list[dict[str, Any]]:

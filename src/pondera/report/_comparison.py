@@ -8,7 +8,7 @@ from contextlib import suppress
 from html import escape
 from pathlib import Path
 
-from pondera._words import DASH, decimals, listed, num, rate, seconds, signed, with_interval
+from pondera._words import DASH, decimals, listed, num, rate, seconds, signed, size_in_words, with_interval
 from pondera.doctor._snippet import snippet
 from pondera.errors import BadInput
 from pondera.lab.results import Comparison, Row
@@ -55,6 +55,10 @@ CAPTIONS = {
     "space": "Every trial of every unit at its learning rate and its value; the larger a marker, the better it validated. "
     "Hollow: dropped after a quarter of the steps. Filled: trained to the end. Crosses: failed. Rings: what units chose. "
     "Where there are few values to choose from, the units of one value lie beside each other.",
+    "size": "Mean test score with its own 95% interval, against what the trained model takes. A pruned weight counts its "
+    "values and a bit for each place, a quantised one its codes and scales, a factored one its factors; multiplications by "
+    "zero are left out. The dotted line joins the recipes that no other beats in score without taking more. What hardware "
+    "makes of zeros and of few bits is another matter.",
     "signal": "What tells examples apart: the variance over a batch of each unit a layer puts out, averaged over its units, "
     "at the first seed and before the first step. Layers are numbered in the order they run, activations counted. A line "
     "that falls or climbs by decades is a signal that fades or explodes.",
@@ -80,6 +84,7 @@ def render(comparison: Comparison, *, small: bool = False) -> str:
     sections = [
         ("table", "Results", _table(c, places)),
         ("intervals", "Difference to the baseline", _differences(c, places, plots)),
+        *([("size", "Score against size", _sizes(c, places, plots))] if c.compressed else []),
         ("learning", "Learning curves", _curves(c, places, plots, small)),
         ("rates", "Sensitivity to the learning rate", _sensitivity(c, places, plots)),
         *(
@@ -312,6 +317,34 @@ def _searched(c: Comparison, places: int, plots: list[Figure]) -> str:
         for i, where, f in found
     )
     return f'<figure><div class="small">{parts}</div><figcaption>{CAPTIONS["space"]}</figcaption></figure>'
+
+
+def _sizes(c: Comparison, places: int, plots: list[Figure]) -> str:
+    found = figures.sizes(c, places)
+    plots += found
+    heads = ("Recipe", f"{escape(c.task.settings.score)} [95%]", "Size", "Numbers", "Multiplications")
+    rows = ""
+    for i, r in enumerate(c.rows):
+        mean, low, high = r.score
+        spread = f"<small>[{num(low, places)}, {num(high, places)}]</small>" if math.isfinite(low) else ""
+        size = (
+            (size_in_words(r.size.bytes), f"{r.size.numbers:,.0f}", f"{r.size.multiplications:,.0f}")
+            if r.size
+            else None
+        )
+        cells = (f"{num(mean, places)}{spread}", *(size or (DASH,) * 3))
+        head = f'<th scope="row"><span class="key">{_swatch(i)}{_name(r)}</span></th>'
+        rows += f"<tr{' class=base' if r.baseline else ''}>{head}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    table = (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Sizes, scrolls sideways"><table><caption>What the trained '
+        f"models take.</caption><thead><tr>{''.join(f'<th scope=col>{h}</th>' for h in heads)}</tr></thead><tbody>{rows}"
+        "</tbody></table></div>"
+    )
+    parts = "".join(f"<div>{plot(f)}</div>" for f in found)
+    drawn = (
+        f'<figure><div class="small">{parts}</div><figcaption>{CAPTIONS["size"]}</figcaption></figure>' if found else ""
+    )
+    return drawn + table
 
 
 def _signal(c: Comparison, plots: list[Figure], small: bool) -> str:

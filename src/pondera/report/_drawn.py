@@ -149,6 +149,54 @@ def _broken(r: Row, curve: list[list[float]], seed: int, mode: str, i: int) -> J
     return line(x, y, i, 1, "dot", mode="lines+markers", marker=spots, hoverinfo="all", hovertemplate=hover)
 
 
+# -- score against size ------------------------------------------------------------------------------------------------
+
+
+def sizes(c: Comparison, places: int) -> list[Figure]:
+    """Score with its interval against bytes, and against multiplications; the line joins what nothing beats in both."""
+    found = []
+    for what, title in (("bytes", "bytes to store"), ("multiplications", "multiplications on one example")):
+        points = [(i, r, getattr(r.size, what)) for i, r in enumerate(c.rows) if r.size and r.finished]
+        points = [(i, r, x) for i, r, x in points if x > 0]
+        if len(points) < 2:
+            continue
+        data: list[Json] = []
+        best = front([(x, r.score[0]) for _, r, x in points])
+        edge = sorted((points[k][2], points[k][1].score[0]) for k in best)
+        data.append(
+            line([x for x, _ in edge], [y for _, y in edge], 0, name="front")
+            | {"line": {"color": "var(--soft)", "width": 1.5, "dash": "dot", "shape": "hv"}}
+        )
+        for i, r, x in points:
+            mean, low, high = r.score
+            if math.isfinite(low):
+                data.append(line([x, x], [low, high], i, 2))
+            hover = f"{label(r.name)}<br>{x:,.0f} {what}: {num(mean, places)}"
+            data.append(marked([x], [mean], marker(i, size=10), hover, name=label(r.name)))
+        low, high = (math.log10(f(x for _, _, x in points)) for f in (min, max))
+        room = 0.1 * (high - low) or 0.1
+        layout = {
+            "xaxis": axis(title, type="log", range=[low - room, high + room], exponentformat="power", dtick=1),
+            "yaxis": axis(c.task.settings.score),
+        }
+        said = "; ".join(f"{r.name} {num(r.score[0], places)} at {x:,.0f}" for _, r, x in points)
+        found.append(Figure(what, f"Score against {title}: {said}.", data, layout, 320))
+    return found
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which points (cost, score) no other beats: none is as cheap with a better score, or cheaper with as good a one.
+
+    >>> front([(1.0, 0.5), (2.0, 0.4), (2.0, 0.9)])
+    [0, 2]
+    """
+    return [
+        i
+        for i, (x, y) in enumerate(points)
+        if not any((a <= x and b > y) or (a < x and b >= y) for k, (a, b) in enumerate(points) if k != i)
+    ]
+
+
 # -- sensitivity to the learning rate ---------------------------------------------------------------------------------
 
 

@@ -14,13 +14,7 @@ torch.Size([5, 8, 2])
 """
 
 from pondera._permute import PermutationSpec, apply_permutation, trace_permutations
-from pondera.weightspace._states import (
-    Standardize,
-    equivariance_error,
-    permute_states,
-    stack_states,
-    unstack_states,
-)
+from pondera.weightspace._states import Standardize, equivariance_error, permute_states, stack_states, unstack_states
 from pondera.weightspace.checkpoint_search import (
     CheckpointSearch,
     NeuronGraphEncoder,
@@ -31,13 +25,26 @@ from pondera.weightspace.checkpoint_search import (
 from pondera.weightspace.hypernet_tuning import HypernetTuner, LinearHypernet
 from pondera.weightspace.learngene import distillation_loss, expand_stages, share_stages, stage_counts
 from pondera.weightspace.logah import LoGAH, LowRankDecoder, ParameterGraph, parameter_graph
-from pondera.weightspace.tangle_search import (
-    Choice,
-    EntangledConv2d,
-    EntangledLinear,
-    choices,
-    draw_choices,
-    sparsemax,
+from pondera.weightspace.mixture_growth import (
+    MixtureBatchNorm1d,
+    MixtureBatchNorm2d,
+    MixtureConv2d,
+    MixtureLinear,
+    grow,
+    select,
+)
+from pondera.weightspace.tangle_search import Choice, EntangledConv2d, EntangledLinear, choices, draw_choices, sparsemax
+from pondera.weightspace.zoo import (
+    Zoo,
+    coordinates,
+    fit_inrs,
+    load_zoo,
+    make_zoo,
+    run_states,
+    siren,
+    start_states,
+    train_states,
+    zoo_kinds,
 )
 
 __all__ = [
@@ -49,25 +56,41 @@ __all__ = [
     "LinearHypernet",
     "LoGAH",
     "LowRankDecoder",
+    "MixtureBatchNorm1d",
+    "MixtureBatchNorm2d",
+    "MixtureConv2d",
+    "MixtureLinear",
     "NeuronGraphEncoder",
     "ParameterGraph",
     "PermutationSpec",
     "Standardize",
     "WeightStatistics",
+    "Zoo",
     "apply_permutation",
     "choices",
+    "coordinates",
     "distillation_loss",
     "draw_choices",
     "equivariance_error",
     "expand_stages",
     "expected_improvement",
+    "fit_inrs",
+    "grow",
+    "load_zoo",
+    "make_zoo",
     "parameter_graph",
     "permute_states",
+    "run_states",
     "search_checkpoints",
+    "select",
     "share_stages",
+    "siren",
     "sparsemax",
     "stack_states",
     "stage_counts",
+    "start_states",
     "trace_permutations",
+    "train_states",
     "unstack_states",
+    "zoo_kinds",
 ]

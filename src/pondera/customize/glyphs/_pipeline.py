@@ -47,7 +47,7 @@ NOISE: dict[str, Any] = {
 class GlyphPipeline(DiffusionPipeline):
     """Prompts to images of 16 by 16 pixels, called as diffusers' text-to-image pipelines are.
 
-    The UNet works on pixels in [-1, 1], predicts the noise (epsilon) over 1000 timesteps, and sees the token states of
+    The UNet works on pixels in [-1, 1], predicts the velocity v over 1000 timesteps, and sees the token states of
     a frozen MiniLM encoder.
 
     Args:

@@ -114,8 +114,8 @@ def expands_to_the_same_function(lab: Lab, expand: Expand) -> Finding:
     for out in (a, b):
         F.cross_entropy(out, y).backward()
     gap = float((a - b).detach().abs().max())
-    blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]
-    copies: list[Block] = list(twin.blocks)  # type: ignore[arg-type]
+    blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type,call-overload]
+    copies: list[Block] = list(twin.blocks)  # type: ignore[arg-type,call-overload]
     slopes = max(
         float(
             (blocks[2 * s].fc1.weight.grad - copies[2 * s].fc1.weight.grad - copies[2 * s + 1].fc1.weight.grad)
@@ -261,7 +261,7 @@ SETUP = (
 def beats_scratch(lab: Lab, expand: Expand) -> Finding:
     n = len(lab.seeds)
     found: dict[str, Any] = {}
-    parts = {}
+    parts = {}  # type: ignore[var-annotated]
     for depth in DEPTHS:
         ours, rate = from_stages(depth, n, expand)
         rivals = {
@@ -304,7 +304,7 @@ def stages_have_their_place(lab: Lab, expand: Expand) -> Finding:
 )
 def beats_pretraining_each_depth(lab: Lab, expand: Expand) -> Finding:
     n = len(lab.seeds)
-    parts, found = {}, {}
+    parts, found = {}, {}  # type: ignore[var-annotated]
     for depth in DEPTHS:
         states = long(depth, n)
 

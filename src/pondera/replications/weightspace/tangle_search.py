@@ -44,7 +44,7 @@ def kept(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
         return t
 
     holding = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (holding.append(t), keep(t))[1], lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (holding.append(t), keep(t))[1], lambda t: t):  # type: ignore[func-returns-value]
         f(x)
     return sum(found.values())
 

@@ -1,0 +1,1 @@
+"""Smaller weights: the papers' claims, re-run."""
