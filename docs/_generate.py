@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pondera._words import size_in_words
 from pondera.papers import Paper, catalogue, evidence, status
 from pondera.papers.page import findings, ours, page, replicated, text
 
@@ -101,7 +102,7 @@ def generate(docs: Path) -> list[Path]:
     pages[docs / "methods" / "came-to.md"] = came_to(catalogue())
     pages[docs / "methods" / "_choices.md"] = choices()
     pages[docs / "methods" / "_calibration.md"] = f"{calibrated()}\n{findings('calibration')}\n"
-    for what in ("starts", "adapters", "optimizers", "regularisers", "layers"):
+    for what in ("starts", "adapters", "optimizers", "regularisers", "layers", "compressions"):
         pages[docs / "methods" / f"_league_{what}.md"] = league(docs / "league", what)
     for room in ROOMS:
         pages[docs / "rooms" / f"{room}.md"] = room_page(room)
@@ -317,6 +318,8 @@ def league(folder: Path, what: str) -> str:
             heads += ("Step", "Steps to the first's score", "State", "Good rates")
         elif what == "layers":
             heads += ("Step", "Numbers")
+        elif what == "compressions":
+            heads += ("Step", "Size", "Multiplications")
         on = ", ".join(f"{k} {v}" for k, v in kept["versions"].items())
         words = " ".join(shlex.quote(w) for w in kept["command"])
         rule = f"{kept['rule']}; " if "rule" in kept else ""
@@ -354,6 +357,8 @@ def _league_row(r: dict[str, Any]) -> tuple[str, ...]:
     if "band" in r:
         reached = "" if r["steps_to_target"] is None else f"{r['steps_to_target']:.0f}"
         return (*cells, step, reached, f"{r['state']:.2g} a weight", f"{r['band']:.1f} decades")
+    if "stored" in r:
+        return (*cells, step, size_in_words(r["stored"]), f"{r['products']:,.0f}")
     if "numbers" in r:
         return (*cells, step, f"{r['numbers']:,}")
     if "trained" not in r:
@@ -423,6 +428,8 @@ def _unlisted(module: str) -> list[tuple[str, Any]]:
         except (AttributeError, ImportError):
             continue
         path = f"{module}.{name}"
+        if module == "pondera.weightspace" and value.__module__.startswith("pondera._permute"):
+            continue  # on the page of merging, which has the same objects
         if path not in rows and ours(path, value) and not inspect.ismodule(value):
             found.append((name, value))
     return found

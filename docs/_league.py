@@ -72,12 +72,26 @@ SWAPPED = (  # as large as the linear layers they stand for, where they can be
     "layer=Btt(match='parameters')", "layer=Monarch(match='parameters')", "layer=TT(match='parameters')",
     "layer=Btt(rank=1)", "layer=KANLinear(grid=3)", "layer=GroupKAN(groups=2)", "layer=Maxout(pieces=2)",
 )  # fmt: skip
+SMALLER = (  # factors, bits and zeros at several sizes; the plain rule beside each
+    "compress=fisher_svd(keep=0.5)", "compress=fisher_svd(keep=0.5,factors='activations')",
+    "compress=fisher_svd(keep=0.5,factors='none')", "compress=magnitude_prune(keep=0.3)",
+    "compress=net_trim(epsilon=0.1)", "compress=sketch_prune(keep=0.3)", "compress=quantize(bits=3)",
+    "compress=requant(bits=3)", "compress=ompq(bits=3)", "compress=quantize(bits=2)", "compress=requant(bits=2)",
+)  # fmt: skip
 # kind -> task -> recipes, options
 LEAGUES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "optimizers": {
         "digits": (tuple(f"optim={o}" for o in OPTIMIZERS), WIDE),
         "mnist": (BEST, SHORT),
         "code": (BEST, (*SHORT[:-1], "0.003,0.01,0.03")),
+    },
+    "compressions": {
+        "digits": (SMALLER, ("--rates", "0.001,0.003,0.01")),
+        "mnist": (SMALLER, ("--rates", "0.001,0.003", "--budget", "150")),
+        "code": (
+            tuple(s for s in SMALLER if "net_trim" not in s and "ompq" not in s),
+            ("--rates", "0.003,0.01", "--budget", "100", "--seeds", "3"),
+        ),
     },
     "layers": {
         "fit": (SWAPPED, FINE),
@@ -139,7 +153,11 @@ def run(task: str) -> None:
             row |= {"numbers": row["parameters"]}
         elif what == "optimizers":
             row |= {"state": state(on, row["setting"]), "band": band(row)}
+        elif what == "compressions":
+            row |= {"stored": row["bytes"], "products": row["multiplications"]}
         row.pop("units")
+        for k in ("bytes", "multiplications", *(["numbers"] if what != "layers" else [])):
+            row.pop(k, None)
     kept = {"command": words, "rule": RULE, "versions": about, "rows": rows}
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / f"{what}-{on}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")

@@ -32,7 +32,6 @@ EXTRAS = {
     "torch_geometric": "graph",
     "pytorch_optimizer": "optim",
     "optuna": "search",
-    "gpytorch": "search",
     "ray": "ray",
     "psycopg": "postgresql",
     "mlflow": "mlflow",

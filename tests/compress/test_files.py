@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pondera.compress import load_compressed, prune_files, quantize_files, quantize_tensor, svd_files
+from pondera.compress import load_compressed, prune_files, quantize_files, quantize_tensor, svd_files, trim_files
 from pondera.compress.files import _pack, _unpack
 from pondera.errors import BadInput
 
@@ -238,3 +238,36 @@ def test_text_is_read_by_the_folders_tokenizer(folders, tmp_path):
     assert math.isfinite(report.facts["loss_after"])
     with pytest.raises(BadInput, match="at least 16 tokens, .* has 2"):
         prune_files(tmp_path / "m", tmp_path / "out2", calibration=tmp_path / "short.txt")
+
+
+def test_trim_keeps_outputs_within_its_tolerance(folders, tmp_path):
+    at, _ = folders
+    name = "*layers.0.mlp.*"
+    report = trim_files(at / "llama", tmp_path / "a", calibration=IDS, epsilon=0.2, only=name)
+    for row in report.layers:
+        assert row.facts["feasible"]
+        assert row.error <= 0.205
+        assert 0 < row.facts["kept"] < 1
+    for words, call in (
+        ("above 0 and below 1", lambda: trim_files(at / "llama", tmp_path / "c", calibration=IDS, epsilon=0)),
+        ("got none", lambda: trim_files(at / "llama", tmp_path / "c", calibration=None)),
+    ):
+        with pytest.raises(BadInput, match=words):
+            call()
+
+
+def test_magnitude_is_torchs_own_choice():
+    from torch.nn.utils import prune
+
+    from pondera.compress import magnitude_prune, masks_of
+
+    torch.manual_seed(0)
+    ours, theirs = (nn.Sequential(nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 3)) for _ in "12")
+    theirs.load_state_dict(ours.state_dict())
+    magnitude_prune(ours, 0.3)
+    prune.global_unstructured(
+        [(theirs[0], "weight"), (theirs[2], "weight")], prune.L1Unstructured, amount=84 - round(0.3 * 84)
+    )
+    masks = masks_of(ours)
+    assert torch.equal(masks["0.weight"], theirs[0].weight_mask.bool())
+    assert torch.equal(masks["2.weight"], theirs[2].weight_mask.bool())

@@ -98,6 +98,7 @@ OTHERS = {
     "sketch_masks",
     "sketch_probabilities",
     "svd_files",
+    "trim_files",
     "weighted_svd",
 }
 EVERY = sorted(METHODS)

@@ -48,7 +48,7 @@ def test_every_public_object_is_named_by_a_row(room):
         f"pondera.nn.{name}" for name in ("act_on", "equivariance_error", "group_element", "rate_groups", "swap_linear")
     }
     kept = ("LowRankLinear", "bake", "cost", "density", "hold_masks", "magnitude_prune", "masks_of", "quantize")
-    files = ("load_compressed", "prune_files", "quantize_files", "svd_files")
+    files = ("load_compressed", "prune_files", "quantize_files", "svd_files", "trim_files")
     shared |= {f"pondera.compress.{name}" for name in (*kept, *files, "quantize_tensor")}
     states = ("Standardize", "equivariance_error", "permute_states", "stack_states", "unstack_states")
     zoo = ("coordinates", "fit_inrs", "load_zoo", "make_zoo", "run_states", "siren", "start_states", "train_states")

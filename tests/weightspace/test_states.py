@@ -65,3 +65,14 @@ def test_refusals():
         with pytest.raises(BadInput, match=words) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_networks_with_batch_norm_whose_counters_are_left_out():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(2, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).eval()
+    x = torch.randn(6, 2)
+    spec = trace_permutations(body, x)
+    moved = permute_states(spec, stack_states([body, body]), torch.Generator().manual_seed(1))
+    one = {name: v[0] for name, v in moved.items()}
+    assert not torch.equal(one["0.bias"], body[0].bias)
+    assert torch.allclose(functional_call(body, one, x), body(x), atol=1e-6)

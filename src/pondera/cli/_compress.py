@@ -104,6 +104,27 @@ def prune(
     _print(prune_files(model, out, keep=keep, pattern=pattern, **common), out, as_json)
 
 
+@compress.command()
+def trim(
+    model: Model,
+    out: Out,
+    calibration: Annotated[
+        Path, typer.Option(help="A text on which each layer's outputs are kept; read by the folder's tokenizer.")
+    ],
+    epsilon: Annotated[float, typer.Option(help="How far outputs may move, as a share of them.")] = 0.05,
+    only: Only = "*",
+    head: Head = False,
+    shard_size: ShardSize = None,
+    replace: Replace = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take the sparsest weights that keep each layer's outputs within a tolerance (Net-Trim)."""
+    from pondera.compress import trim_files
+
+    common = {"only": only, "head": head, "shard_size": shard_size, "replace": replace}
+    _print(trim_files(model, out, calibration=calibration, epsilon=epsilon, **common), out, as_json)
+
+
 def _print(report: "CompressReport", out: Path, as_json: bool) -> None:
     from pondera._words import size_in_words
 

@@ -20,7 +20,7 @@ from pondera.compress.evolution_tickets import (
     evolve,
     signal_to_noise_prune,
 )
-from pondera.compress.files import load_compressed, prune_files, quantize_files, svd_files
+from pondera.compress.files import load_compressed, prune_files, quantize_files, svd_files, trim_files
 from pondera.compress.fisher_svd import fisher_factors, fisher_svd, nearest_kronecker, weighted_svd
 from pondera.compress.grid import Quantised, quantize, quantize_tensor
 from pondera.compress.low_rank import LowRankLinear
@@ -92,5 +92,6 @@ __all__ = [
     "sketch_probabilities",
     "sketch_prune",
     "svd_files",
+    "trim_files",
     "weighted_svd",
 ]

@@ -227,6 +227,53 @@ def prune_files(
     return _job("prune_files", model, out, rule, DENSE, calibration, only, head, shard_size, replace)
 
 
+def trim_files(
+    model: str | Path,
+    out: str | Path,
+    *,
+    calibration: Any,
+    epsilon: float = 0.05,
+    rows: int = 1024,
+    steps: int = 500,
+    only: str = "*",
+    head: bool = False,
+    shard_size: int | str | None = None,
+    replace: bool = False,
+) -> CompressReport:
+    """Give every linear layer the sparsest weights that keep its outputs on the data within a tolerance, as Net-Trim does.
+
+    The linear form of `net_trim_weight`, each layer from what the original model reads. Worth it where a layer has more inputs
+    than it needs; it takes `steps` iterations of the layer's own size.
+
+    Args:
+        model, out, calibration, only, head, shard_size, replace: as in `svd_files`.
+        epsilon: of a layer's outputs, as a share of their norm.
+        rows: of what a layer reads, at most, evenly picked.
+        steps: of ADMM, at most. The report's `feasible` says where they did not do.
+    Raises: BadInput: as `svd_files`, and for a tolerance that is not above 0 and below 1.
+    """
+    from pondera.compress.net_trim import net_trim_weight
+
+    if not 0 < epsilon < 1:
+        raise BadInput(f"trim_files needs an epsilon above 0 and below 1, got {epsilon!r}")
+    if calibration is None:
+        raise BadInput("trim_files keeps outputs on calibration data, and got none")
+
+    def rule(name: str, w: Tensor, seen: Seen | None) -> tuple[Made, LayerChange]:
+        assert seen is not None
+        x = seen.rows[:: max(1, -(-len(seen.rows) // rows))].double()
+        y = x @ w.double().mT
+        found = net_trim_weight(x, y, epsilon * float(y.norm()), steps=steps)
+        new = found.weight.float()
+        far = float((x @ found.weight.mT - y).norm() / y.norm().clamp_min(1e-30))
+        n = int(new.count_nonzero())
+        bits = min(16.0 * n + w.numel(), 16.0 * w.numel())
+        facts = {"kept": n / w.numel(), "feasible": far <= epsilon * 1.01}
+        return [("weight", new)], _change(name, "pruned", w, new, seen, n, bits, facts)
+
+    return _job("trim_files", model, out, rule, DENSE, calibration, only, head, shard_size, replace)
+
+
 # -- what is written, and how it is read again -------------------------------------------------------------------------
 
 

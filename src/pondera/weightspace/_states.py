@@ -94,12 +94,13 @@ def permute_states(spec: PermutationSpec, states: Mapping[str, Tensor], generato
 
 
 def _sizes(spec: PermutationSpec, one: Mapping[str, Tensor]) -> dict[str, int]:
-    """As `PermutationSpec.sizes`, for tensors that may have a dimension of channels at the end."""
+    """As `PermutationSpec.sizes`, for tensors that may have a dimension of channels at the end; counters may be missing."""
     bare = {
         name: x.select(-1, 0) if name in spec.axes and x.ndim == len(spec.axes[name]) + 1 else x
         for name, x in one.items()
     }
-    return spec.sizes(bare)
+    scalars = {name: torch.zeros(()) for name, entries in spec.axes.items() if not entries and name not in bare}
+    return spec.sizes(bare | scalars)
 
 
 class Standardize(nn.Module):

@@ -168,7 +168,7 @@ class Nets:
         if not self.quantisers:
             return torch.zeros(n)
         turns = sum(t.view(n, -1).sum(1) for t in tracker.total.values())
-        return 1000 * turns / (sum(t.numel() for t in tracker.total.values()) / n * tracker.steps)
+        return 1000 * turns / (sum(t.numel() for t in tracker.total.values()) / n * tracker.steps)  # type: ignore[return-value]
 
     @torch.no_grad()
     def codes_of(self, name: str) -> Tensor:
@@ -295,7 +295,7 @@ def annealing_calms(lab: Lab, free: Free) -> Finding:
         turns = nets.train(ANNEAL, 0.1, which)
         tune, test = nets.accuracy()
         rows[name] = {"turns": turns.tolist(), "accuracy": ((297 * tune + 500 * test) / 797).tolist()}
-    turns, accuracy = (lab.effect(rows["annealed"][k], rows["all free"][k]) for k in ("turns", "accuracy"))
+    turns, accuracy = (lab.effect(rows["annealed"][k], rows["all free"][k]) for k in ("turns", "accuracy"))  # type: ignore[assignment]
     return conclude(
         {"calmer": weigh(turns, below=0), "more accurate": weigh(accuracy, above=0)},
         turns=turns,
