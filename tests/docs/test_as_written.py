@@ -88,6 +88,24 @@ def photo(folder: Path) -> None:
         stable_diffusion().save_pretrained(folder / "path" / "to" / name)
 
 
+@pytest.fixture(scope="module")
+def language_model(folder: Path) -> None:
+    """A small model as Hugging Face saves it, with its tokenizer, and a text."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=64
+    )  # fmt: skip
+    to = folder / "path" / "to" / "model"
+    transformers.LlamaForCausalLM(config).save_pretrained(to)
+    words = [f"w{i}" for i in range(127)]
+    made = Tokenizer(models.WordLevel({"[UNK]": 0} | {w: i + 1 for i, w in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]").save_pretrained(to)
+    (folder / "text.txt").write_text(" ".join(words * 3), encoding="utf-8")
+
+
 def at_once(claims: Any) -> Any:
     """The same claims, their runs left out: reproduce is tried here, not the papers."""
     from dataclasses import replace
@@ -107,7 +125,9 @@ def at_once(claims: Any) -> Any:
 def test_commands_do_what_the_page_says(
     path: Path, line: str, folder: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "customize" in line:
+    if "path/to/model" in line:
+        request.getfixturevalue("language_model")
+    if "customize" in line or "export" in line:
         request.getfixturevalue("photo")
         monkeypatch.setattr("pondera.cli._customize.DEMO_STEPS", 2)
     if "lightning_task" in line:
