@@ -3,7 +3,8 @@
 The rooms load when first used: ``pondera.init`` (where weights start), ``pondera.parametrize`` (how they are held),
 ``pondera.nn`` (layers that hold them so), ``pondera.penalties`` (what pulls on them), ``pondera.optim`` (how they
 move), ``pondera.probe`` (how they are looked at), ``pondera.adapters`` (reuse, as PEFT methods), ``pondera.merge``
-(several models into one), ``pondera.lab`` (fair comparisons), ``pondera.doctor`` (a look before training),
+(several models into one), ``pondera.compress`` (smaller weights), ``pondera.weightspace`` (networks that read or write
+weights), ``pondera.lab`` (fair comparisons), ``pondera.doctor`` (a look before training),
 ``pondera.customize`` (one image to a diffusion adapter), ``pondera.papers`` (the catalogue),
 ``pondera.replications`` (claims re-run).
 
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # what type checkers and editors see of the rooms that load later
     from pondera import (
         adapters,
+        compress,
         customize,
         doctor,
         init,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:  # what type checkers and editors see of the rooms that load l
         probe,
         replications,
         report,
+        weightspace,
     )
 
 __version__ = "0.1.0"
@@ -40,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "adapters",
+    "compress",
     "customize",
     "doctor",
     "init",
@@ -54,6 +58,7 @@ __all__ = [
     "probe",
     "replications",
     "report",
+    "weightspace",
 ]
 _DOORS = tuple(name for name in __all__ if not name.startswith("_"))
 
