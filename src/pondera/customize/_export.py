@@ -128,12 +128,7 @@ def _at(factors: Mapping[str, Tensor], config: Mapping[str, Any], t: float) -> d
 def _kohya(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     from diffusers.utils import convert_state_dict_to_kohya
 
-    ranks = {k: v.shape[0] for k, v in factors.items() if ".lora_A." in k}
     named: dict[str, Tensor] = convert_state_dict_to_kohya(dict(factors))
-    for k in [k for k in named if k.endswith(".alpha")]:  # the converter takes it for 8 or so; the scale has to be 1
-        named[k] = torch.tensor(float(named[k.removesuffix("alpha") + "lora_down.weight"].shape[0]))
-    if not ranks:
-        raise BadInput("export found no LoRA factors to name")
     return named
 
 
